@@ -1,0 +1,632 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "dm_control==1.0.50",
+#   "gymnasium==1.4.0",
+#   "matplotlib==3.11.2",
+#   "moviepy==2.2.1",
+#   "mujoco==3.17.0",
+#   "numpy==2.4.6",
+#   "shimmy==2.0.1",
+#   "tensorboard==2.21.0",
+#   "torch==2.13.0",
+#   "tqdm==4.70.1",
+#   "tyro==1.0.17",
+#   "wandb==0.31.0",
+# ]
+# ///
+"""SiMPO with negative reweighting: Lin. Neg. (--power 1) and Sqr. Neg. (--power 2).
+
+Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning" (newer name: GeMPO). Top to bottom:
+environments; twin critics; the diffusion policy with its weighted matching loss (7); the weights (9) with the negative
+floor (11) and their normaliser (appendix E); replay buffer; evaluation; Algorithm 1 with the temperature rule (30).
+
+    python simpo_neg.py --env-id Humanoid-v4 --epsilon 0.5
+"""
+
+import copy
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"
+    """Gymnasium id with Box observations and actions, or a DM Control task such as dm_control/cheetah-run-v0"""
+    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"
+    """reward as a function of speed (appendix F.2), on dm_control/cheetah-run-v0 and dm_control/walker-run-v0 only"""
+    landscape_c: float = 3.0
+    """steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)"""
+    total_timesteps: int = 1_000_000
+    """environment steps, all environments together"""
+    num_envs: int = 5
+    """parallel environments"""
+    seed: int = 1
+    """seed of the networks, the environments and all draws"""
+
+    # SiMPO
+    power: float = 1.0
+    """p: weights are y^p where y = (Q - nu)/lambda is positive; 1 is Lin. Neg., 2 is Sqr. Neg."""
+    epsilon: float = 0.5
+    """epsilon: largest negative weight, the floor of (11) is -epsilon; 0 gives simpo_power.py"""
+    num_particles: int = 32
+    """K: actions drawn from the old policy per state"""
+    target_kl: float = 1.5
+    """delta: target KL of the weights from uniform, in (30); must stay below log K"""
+    temperature: float = 1.0
+    """lambda at the start; (30) tunes it from there"""
+    temperature_lr: float = 3e-3
+    """learning rate of log lambda"""
+    old_policy_interval: int = 1000
+    """updates between two refreshes of the frozen old policy pi_old"""
+    particle_noise: float = 0.2
+    """standard deviation of the Gaussian added to the K actions, in units of half the action range"""
+    error_clip: float = 5.0
+    """squared velocity errors in (7) are clipped here, per action dimension; this bounds the loss in case II"""
+
+    # diffusion and optimisation (table in appendix F)
+    diffusion_steps: int = 20
+    """denoising steps T, on the cosine schedule"""
+    hidden_dim: int = 256
+    """units of each of the 3 hidden layers, in policy and critics"""
+    batch_size: int = 256
+    """states per update"""
+    steps_per_update: int = 5
+    """environment steps per update"""
+    learning_starts: int = 5_000
+    """environment steps with uniformly random actions before the first update"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    policy_lr: float = 3e-4
+    """learning rate of the policy at the start"""
+    policy_lr_end: float = 3e-5
+    """learning rate of the policy at the end, reached linearly"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    discount: float = 0.99
+    """gamma"""
+    tau: float = 0.005
+    """step of the target critics towards the critics, per update"""
+
+    # evaluation and output
+    eval_every: int = 10_000
+    """environment steps between evaluations; 0 turns evaluation off"""
+    eval_episodes: int = 20
+    """episodes per evaluation, in parallel environments"""
+    eval_draws: int = 10
+    """actions drawn per step in evaluation; the critics' favourite is taken"""
+    log_every: int = 1_000
+    """environment steps between logged scalars"""
+    capture_video: bool = False
+    """record the first episode of every evaluation as runs/<run_name>/videos/*.mp4"""
+    track: bool = False
+    """send everything to Weights & Biases too (offline if there is no account)"""
+    wandb_project: str = "simpo"
+    """Weights & Biases project"""
+    evaluate: str = ""
+    """runs/<run_name> of a trained model: evaluate it over --eval-episodes and train nothing"""
+
+    # machine
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
+    sampling_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network while actions are drawn, where no gradient flows; auto: bfloat16 if the machine can"""
+    compile: bool = True
+    """torch.compile the hot functions"""
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+class RewardLandscape(gym.Wrapper):
+    """Appendix F.2: reward a function of z = clip(speed / target, 0, 1); info["native_reward"] keeps the native one."""
+
+    TARGET = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # m/s
+
+    def __init__(self, env, landscape, c, env_id):
+        super().__init__(env)
+        self.landscape, self.c, self.target = landscape, c, self.TARGET[env_id]
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        physics = self.unwrapped._env.physics
+        speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
+        z = min(max(float(speed) / self.target, 0.0), 1.0)
+        shaped = {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": math.expm1(self.c * z) / math.expm1(self.c)}
+        return obs, shaped[self.landscape], terminated, truncated, {**info, "native_reward": reward}
+
+
+def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
+    """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
+    if env_id.startswith("dm_control/"):
+        import shimmy
+
+        gym.register_envs(shimmy)
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"--env-id {env_id}: {error}") from None
+    box_obs = isinstance(env.observation_space, (gym.spaces.Box, gym.spaces.Dict))
+    if not box_obs or not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite(env.action_space.high).all():
+        raise SystemExit(
+            f"--env-id {env_id}: observations and actions must be continuous (Box), actions bounded; "
+            f"it has {env.observation_space} and {env.action_space}"
+        )
+    if landscape != "native":
+        env = RewardLandscape(env, landscape, landscape_c, env_id)
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
+    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+
+def mish(x):
+    """x tanh(log(1 + e^x)), with one exponential."""
+    n = x.float().clamp(max=20).exp()
+    n = n * (n + 2)
+    return (x * (n / (n + 2))).to(x.dtype)
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a): two networks of 3 hidden Mish layers."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim):
+        super().__init__()
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
+        self.twins = nn.ModuleList(nn.ModuleList(map(nn.Linear, sizes, sizes[1:])) for _ in range(2))
+
+    @torch.compile(dynamic=False)
+    def forward(self, obs, action):
+        """obs (B, S), action (B, K, A) -> both Q (2, B, K); what depends on the state alone is done once per state."""
+        q = []
+        for first, second, third, last in self.twins:
+            obs_weight, action_weight = first.weight.split([self.obs_dim, self.action_dim], dim=1)
+            h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
+            q.append(last(mish(third(mish(second(h))))).squeeze(-1))
+        return torch.stack(q)
+
+
+class DiffusionPolicy(nn.Module):
+    """pi(a|s) as a diffusion model with velocity prediction on the cosine schedule, t = 1/T, 2/T, ..., 1."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim, steps):
+        super().__init__()
+        self.obs_dim, self.action_dim, self.steps = obs_dim, action_dim, steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, dtype=torch.float64))
+        time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
+        alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
+        # Posterior of a_s given a_t and a_0, s = t - 1/T:  mean = from_t a_t + from_0 a_0, standard deviation = spread
+        alpha_s, sigma_s = torch.cos(torch.pi / 2 * (t - 1 / steps)), torch.sin(torch.pi / 2 * (t - 1 / steps))
+        variance_ts = sigma**2 - (alpha / alpha_s * sigma_s) ** 2
+        from_t, from_0 = alpha / alpha_s * sigma_s**2 / sigma**2, alpha_s * variance_ts / sigma**2
+        spread = (variance_ts * sigma_s**2 / sigma**2).clamp(min=0).sqrt()
+        self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
+        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], 1).float(), persistent=False)  # (T, 2)
+        self.register_buffer("posterior", torch.stack([from_t, from_0, spread], 1).float(), persistent=False)  # (T, 3)
+        sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
+        self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
+
+    def embed(self, obs):
+        """The first layer's parts that no particle changes: obs (B, S) -> (B, 1, H), and one row per time (T, H)."""
+        _, obs_weight, time_weight = self.split_first_layer()
+        return F.linear(obs, obs_weight, self.layers[0].bias)[:, None], F.linear(self.time_features, time_weight)
+
+    def split_first_layer(self):
+        return self.layers[0].weight.split([self.action_dim, self.obs_dim, self.time_features.shape[1]], dim=1)
+
+    def velocity(self, noisy_action, embedding):
+        """v_theta(a_t, s, t) times 2/pi: noisy_action (B, K, A), embedding of s and t (B, 1 or K, H) -> (B, K, A)."""
+        _, second, third, last = self.layers
+        h = mish(F.linear(noisy_action, self.split_first_layer()[0]) + embedding)
+        return last(mish(third(mish(second(h)))))
+
+    @torch.compile(dynamic=False)
+    def loss(self, obs, action, weights, t, noise, error_clip):
+        """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
+        obs_embedding, time_embedding = self.embed(obs)
+        embedding = obs_embedding + F.one_hot(t, self.steps).float() @ time_embedding  # (B, K, H)
+        alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
+        velocity = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
+        error = (self.velocity(alpha * action + sigma * noise, embedding) - velocity).square()
+        return (weights[..., None] * error.clamp(max=error_clip)).mean()
+
+    @torch.compile(dynamic=False)
+    def denoise(self, noisy_action, embedding, alpha_sigma, posterior, noise):
+        """One ancestral step a_t -> a_{t - 1/T}; the predicted a_0 = alpha a_t - sigma v 2/pi is kept in the bounds."""
+        velocity = self.velocity(noisy_action, embedding).float()
+        action = (alpha_sigma[0] * noisy_action - alpha_sigma[1] * velocity).clamp(-1, 1)
+        return posterior[0] * noisy_action + posterior[1] * action + posterior[2] * noise
+
+    @torch.no_grad()
+    def sample(self, obs, num_actions, generator, dtype=torch.float32):
+        """obs (B, S) -> num_actions draws per state, (B, K, A) in [-1, 1]; all randomness comes from the generator."""
+        shape = (self.steps + 1, len(obs), num_actions, self.action_dim)
+        noise = torch.randn(shape, generator=generator, device=obs.device)
+        # On a CPU go through the states in blocks whose activations stay in the L2 cache.
+        block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
+        actions = []
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            obs_embedding, time_embedding = self.embed(obs)
+            for state, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
+                action = eps[self.steps]
+                for i in reversed(range(self.steps)):
+                    embedding = state + time_embedding[i]
+                    action = self.denoise(action, embedding, self.alpha_sigma[i], self.posterior[i], eps[i])
+                actions.append(action)
+        return torch.cat(actions)
+
+
+# ------------------------------------------------------------------------------------------------------ reweighting
+
+
+@torch.no_grad()
+def reweight(q, temperature, power, epsilon):
+    """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
+
+    g(y) = y^power for y > 0 and max(y, -epsilon) below. q (..., K), temperature > 0, power > 0, epsilon >= 0;
+    returns weights (..., K) and nu (..., 1) in q's dtype. No gradient flows through it.
+    """
+    K = q.shape[-1]
+    q_max = q.double().amax(-1, keepdim=True)
+    gap = (
+        q_max - q.double()
+    ) / temperature  # (..., K) >= 0, so that y = top - gap with top = (q_max - nu) / temperature
+
+    def g(y):
+        return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
+
+    sorted_gap = gap.sort(-1).values
+    k = torch.arange(1, K + 1, device=q.device)
+    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)
+    if power == 1:
+        active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25)
+        top = (K + (K - k) * epsilon + s1) / k  # (24), with k of the K actions above the floor
+        top = top.gather(-1, active.sum(-1, keepdim=True) - 1)
+    elif power == 2 and epsilon == 0:
+        active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
+        top = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
+        top = top.gather(-1, active.sum(-1, keepdim=True) - 1)
+    else:  # no closed form; the mean weight grows with the top weight, which is in [1, K + (K - 1) epsilon]: bisect it
+        low, high = torch.ones_like(q_max), torch.full_like(q_max, K + (K - 1) * epsilon)
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
+            low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
+        top = ((low + high) / 2) ** (1 / power)
+    return g(top - gap).to(q.dtype), (q_max - temperature * top).to(q.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- replay buffer
+
+
+class ReplayBuffer:
+    """A ring of the last `capacity` transitions, on the device."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.capacity, self.size, self.next = capacity, 0, 0
+        self.obs = torch.empty(capacity, obs_dim, device=device)
+        self.next_obs = torch.empty(capacity, obs_dim, device=device)
+        self.action = torch.empty(capacity, action_dim, device=device)
+        self.reward = torch.empty(capacity, device=device)
+        self.terminated = torch.empty(capacity, device=device)
+
+    def add(self, obs, next_obs, action, reward, terminated):
+        """Arrays with one row per environment; the oldest rows make room."""
+        rows = (self.next + torch.arange(len(reward), device=self.obs.device)) % self.capacity
+        for name, values in dict(
+            obs=obs, next_obs=next_obs, action=action, reward=reward, terminated=terminated
+        ).items():
+            column = getattr(self, name)
+            column[rows] = torch.as_tensor(values, dtype=torch.float32, device=column.device)
+        self.next = (self.next + len(reward)) % self.capacity
+        self.size = min(self.size + len(reward), self.capacity)
+
+    def sample(self, batch_size, generator):
+        """Uniform rows with replacement: obs (B, S), next_obs (B, S), action (B, A), reward (B,), terminated (B,)."""
+        rows = torch.randint(self.size, (batch_size,), generator=generator, device=self.obs.device)
+        return self.obs[rows], self.next_obs[rows], self.action[rows], self.reward[rows], self.terminated[rows]
+
+
+# -------------------------------------------------------------------------------------------- evaluation, save, load
+
+
+def evaluate(policy, critic, args, sampling_dtype, video_folder=None):
+    """Returns of eval_episodes episodes, acting by the best of eval_draws draws: as trained (N,), native (N,).
+
+    Environments, seeds and generator are its own, so that training goes on as if it had not been called.
+    """
+    device = policy.alpha_sigma.device
+    make = [
+        lambda i=i: make_env(args.env_id, args.reward_landscape, args.landscape_c, video_folder if i == 0 else None)
+        for i in range(args.eval_episodes)
+    ]
+    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    returns, native_returns, running = (np.full(args.eval_episodes, x) for x in (0.0, 0.0, True))
+    while running.any():
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        actions = policy.sample(obs, args.eval_draws, generator, sampling_dtype)  # (N, draws, A)
+        with torch.no_grad():
+            best = critic(obs, actions).amin(0).argmax(-1)
+        actions = actions[torch.arange(len(obs), device=device), best].cpu().numpy()
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        returns += running * reward
+        native_returns += running * infos.get("native_reward", reward)
+        running &= ~(terminated | truncated)
+    envs.close()
+    return returns, native_returns
+
+
+def plot_learning_curve(run_dir):
+    """runs/<run_name>/learning_curve.png from eval.csv: mean and standard deviation over the episodes."""
+    with open(run_dir / "eval.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    step, mean, std = (np.array([row[name] for row in rows]) for name in ("step", "mean", "std"))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(step, mean, marker="o", markersize=3)
+    axes.fill_between(step, mean - std, mean + std, alpha=0.2)
+    axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+def save(path, args, policy, critic):
+    """The trained model with its arguments."""
+    model = {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "policy": policy.state_dict(),
+        "critic": critic.state_dict(),
+    }
+    torch.save(model, path)
+
+
+def load(path, device):
+    """Reads what `save` wrote, executing nothing from it: the run's Args, the policy, the critic."""
+    try:
+        model = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"--evaluate: {path} is no trained model: {str(error).splitlines()[0]}") from None
+    if model["script"] != Path(__file__).stem:
+        raise SystemExit(f"--evaluate: {path} was trained by {model['script']}.py; evaluate it with that script")
+    args = Args(**model["args"])
+    env = make_env(args.env_id)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
+    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
+    policy.load_state_dict(model["policy"])
+    critic.load_state_dict(model["critic"])
+    return args, policy, critic
+
+
+def check(args):
+    """Raises SystemExit with one line for the first argument that makes no sense."""
+    at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
+        steps_per_update buffer_size eval_episodes eval_draws log_every"""
+    above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip landscape_c"
+    at_least_0 = "epsilon particle_noise policy_lr_end learning_starts eval_every"
+    log_k = math.log(max(args.num_particles, 1))
+    shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
+    rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1.split()]
+    rules += [(name, 0 < getattr(args, name) < math.inf, "above 0 and finite") for name in above_0.split()]
+    rules += [(name, 0 <= getattr(args, name) < math.inf, "at least 0 and finite") for name in at_least_0.split()]
+    rules += [(name, 0 <= getattr(args, name) <= 1, "from 0 to 1") for name in ("discount", "tau")]
+    rules += [("target_kl", 0 < args.target_kl < log_k, f"above 0 and below log(num_particles) = {log_k:.2f}")]
+    rules += [("env_id", not shaped or args.env_id in tasks, f"{' or '.join(tasks)} for --reward-landscape")]
+    for name, fulfilled, rule in rules:
+        if not fulfilled:
+            raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(args, name)}")
+
+
+def pick_machine(args):
+    """The device and the dtype in which actions are drawn; turns torch.compile off if unwanted or not working."""
+    try:
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(fastest if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    try:
+        if args.compile:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception:
+        print("torch.compile does not work on this machine (is there a C++ compiler?): running without it, slower")
+        args.compile = False
+    if not args.compile:
+        torch.compiler.set_stance("force_eager")
+    if args.sampling_dtype == "auto":
+        has_bfloat16 = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return device, torch.bfloat16 if has_bfloat16 else torch.float32
+    return device, getattr(torch, args.sampling_dtype)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    check(args)
+    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
+    if args.capture_video and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    device, sampling_dtype = pick_machine(args)
+
+    if args.evaluate:
+        trained_args, policy, critic = load(Path(args.evaluate) / "model.pt", device)
+        trained_args.eval_episodes, trained_args.eval_draws = args.eval_episodes, args.eval_draws
+        video_folder = str(Path(args.evaluate) / "videos") if args.capture_video else None
+        returns, native_returns = evaluate(policy, critic, trained_args, sampling_dtype, video_folder)
+        print(f"{trained_args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+        if trained_args.reward_landscape != "native":
+            print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
+        raise SystemExit
+
+    make = lambda: make_env(args.env_id, args.reward_landscape, args.landscape_c)  # noqa: E731
+    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path("runs") / run_name
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    if args.track:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        run = dict(project=args.wandb_project, name=run_name, config=asdict(args), dir=run_dir, mode=mode)
+        wandb.init(**run, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir)
+    print(f"{run_dir} on {device}, actions drawn in {sampling_dtype}, {'compiled' if args.compile else 'not compiled'}")
+
+    torch.manual_seed(args.seed)  # the networks
+    generator = torch.Generator(device).manual_seed(args.seed)  # every draw in training
+    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
+    old_policy = copy.deepcopy(policy).requires_grad_(False)
+    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
+    critic_target = copy.deepcopy(critic).requires_grad_(False)
+    log_temperature = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    temperature_optimizer = torch.optim.Adam([log_temperature], lr=args.temperature_lr)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
+
+    K, B = args.num_particles, args.batch_size
+    num_updates, episode_return, latest = 0, np.zeros(args.num_envs), {}
+    start = time.time()
+    progress = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True)
+    obs, _ = envs.reset(seed=args.seed)
+    for global_step in range(args.num_envs, args.total_timesteps + args.num_envs, args.num_envs):
+        # Act: one draw from the policy, and store; the successor of a finished episode is its own last observation.
+        if global_step <= args.learning_starts:
+            action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+        else:
+            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            action = policy.sample(obs_tensor, 1, generator, sampling_dtype)[:, 0]
+        next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        done = terminated | truncated
+        successor = next_obs.copy()
+        for i in np.flatnonzero(done):
+            successor[i] = infos["final_obs"][i]
+        buffer.add(obs, successor, action, reward, terminated)
+        obs = next_obs
+        episode_return += reward
+        if done.any():
+            latest["train"] = episode_return[done].mean()
+            writer.add_scalar("train/return", latest["train"], global_step)
+            episode_return[done] = 0
+
+        updates_due = global_step // args.steps_per_update - (global_step - args.num_envs) // args.steps_per_update
+        for _ in range(updates_due if global_step > args.learning_starts else 0):
+            batch_obs, batch_next_obs, batch_action, batch_reward, batch_terminated = buffer.sample(B, generator)
+
+            # Critics: Bellman target with one action of the policy and the smaller target Q; only terminations end it.
+            with torch.no_grad():
+                next_action = policy.sample(batch_next_obs, 1, generator, sampling_dtype)  # (B, 1, A)
+                next_q = critic_target(batch_next_obs, next_action).amin(0)[:, 0]  # (B,)
+                target_q = batch_reward + args.discount * (1 - batch_terminated) * next_q
+            q = critic(batch_obs, batch_action[:, None])[..., 0]  # (2, B)
+            critic_loss = F.mse_loss(q, target_q.expand_as(q))
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            critic_optimizer.step()
+
+            # K actions per state from the frozen old policy, their values and their weights (9).
+            particles = old_policy.sample(batch_obs, K, generator, sampling_dtype)  # (B, K, A)
+            particles += args.particle_noise * torch.randn(particles.shape, generator=generator, device=device)
+            particles.clamp_(-1, 1)
+            temperature = log_temperature.exp()
+            with torch.no_grad():
+                particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
+            weights, nu = reweight(particle_q, temperature.detach(), args.power, args.epsilon)
+
+            # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
+            t = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
+            noise = torch.randn(particles.shape, generator=generator, device=device)
+            policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
+            policy_optimizer.zero_grad()
+            policy_loss.backward()
+            progress_share = global_step / args.total_timesteps
+            policy_optimizer.param_groups[0]["lr"] = args.policy_lr + progress_share * (
+                args.policy_lr_end - args.policy_lr
+            )
+            policy_optimizer.step()
+
+            # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights.
+            p = weights.clamp(min=1e-6)
+            p = p / p.sum(-1, keepdim=True)
+            entropy = -(p * p.log()).sum(-1).mean()
+            temperature_loss = temperature * (args.target_kl - (math.log(K) - entropy))
+            temperature_optimizer.zero_grad()
+            temperature_loss.backward()
+            temperature_optimizer.step()
+
+            # Target critics follow the critics, the old policy is replaced whole.
+            with torch.no_grad():
+                torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+            num_updates += 1
+            if num_updates % args.old_policy_interval == 0:
+                old_policy.load_state_dict(policy.state_dict())
+
+        progress.update(args.num_envs)
+        if num_updates and global_step % args.log_every < args.num_envs:
+            scalars = {
+                "loss/critic": critic_loss,
+                "loss/policy": policy_loss,
+                "loss/temperature": temperature_loss,
+                "q/mean": q.mean(),
+                "q/particle_spread": particle_q.std(-1).mean() if K > 1 else 0.0,
+                "weights/temperature": temperature,
+                "weights/entropy": entropy,
+                "weights/share_negative": (weights < 0).float().mean(),
+                "weights/negative_mass": weights.clamp(max=0).abs().mean(),
+                "weights/max": weights.amax(-1).mean(),
+                "weights/effective_actions": (weights.abs().sum(-1) ** 2 / weights.square().sum(-1)).mean(),
+                "policy/action_spread": particles.std(1).mean() if K > 1 else 0.0,
+                "speed/steps_per_second": global_step / (time.time() - start),
+            }
+            for name, value in scalars.items():
+                writer.add_scalar(name, float(value), global_step)
+        last = global_step >= args.total_timesteps
+        if args.eval_every and (global_step % args.eval_every < args.num_envs or last):
+            video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
+            returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder)
+            latest["eval"] = returns.mean()
+            row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
+            row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
+            row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
+            new = not (run_dir / "eval.csv").exists()
+            with open(run_dir / "eval.csv", "a", newline="") as file:
+                table = csv.DictWriter(file, row)
+                if new:
+                    table.writeheader()
+                table.writerow({name: round(float(value), 3) for name, value in row.items()})
+            writer.add_scalar("eval/return", returns.mean(), global_step)
+            writer.add_scalar("eval/native_return", native_returns.mean(), global_step)
+            plot_learning_curve(run_dir)
+            save(run_dir / "model.pt", args, policy, critic)
+        progress.set_postfix({name: f"{value:.0f}" for name, value in latest.items()}, refresh=False)
+    save(run_dir / "model.pt", args, policy, critic)
+    progress.close()
+    envs.close()
+    writer.close()
