@@ -30,12 +30,14 @@ import json
 import math
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import matplotlib
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -162,7 +164,7 @@ def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
 
         gym.register_envs(shimmy)
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {env_id}: {error}") from None
     box_obs = isinstance(env.observation_space, (gym.spaces.Box, gym.spaces.Dict))
@@ -215,7 +217,7 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         self.obs_dim, self.action_dim, self.steps = obs_dim, action_dim, steps
         t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        frequencies = torch.exp(torch.linspace(0, math.log(1000), 32, dtype=torch.float64))
+        frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
         alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
         # Posterior of a_s given a_t and a_0, s = t - 1/T:  mean = from_t a_t + from_0 a_0, standard deviation = spread
@@ -291,9 +293,7 @@ def reweight(q, temperature, power, epsilon):
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
-    gap = (
-        q_max - q.double()
-    ) / temperature  # (..., K) >= 0, so that y = top - gap with top = (q_max - nu) / temperature
+    gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = top - gap, where top = (q_max - nu) / temperature
 
     def g(y):
         return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
@@ -305,18 +305,23 @@ def reweight(q, temperature, power, epsilon):
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25)
         top = (K + (K - k) * epsilon + s1) / k  # (24), with k of the K actions above the floor
         top = top.gather(-1, active.sum(-1, keepdim=True) - 1)
+        weights = g(top - gap)
     elif power == 2 and epsilon == 0:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         top = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
         top = top.gather(-1, active.sum(-1, keepdim=True) - 1)
-    else:  # no closed form; the mean weight grows with the top weight, which is in [1, K + (K - 1) epsilon]: bisect it
+        weights = g(top - gap)
+    else:  # no closed form; the mean weight grows with the top one, which is in [1, K + (K - 1) epsilon]: bisect it
         low, high = torch.ones_like(q_max), torch.full_like(q_max, K + (K - 1) * epsilon)
         for _ in range(60):
             middle = (low + high) / 2
             too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
             low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
-        top = ((low + high) / 2) ** (1 / power)
-    return g(top - gap).to(q.dtype), (q_max - temperature * top).to(q.dtype)
+        top = low ** (1 / power)
+        below, above = g(top - gap), g(high ** (1 / power) - gap)  # float64 neighbours, yet far apart for small powers
+        share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
+        weights = below.lerp(above, share.clamp(0, 1))
+    return weights.to(q.dtype), (q_max - temperature * top).to(q.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- replay buffer
@@ -468,6 +473,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     check(args)
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     if args.capture_video and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     device, sampling_dtype = pick_machine(args)
@@ -606,7 +612,7 @@ if __name__ == "__main__":
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
             for name, value in scalars.items():
-                writer.add_scalar(name, float(value), global_step)
+                writer.add_scalar(name, value, global_step)
         last = global_step >= args.total_timesteps
         if args.eval_every and (global_step % args.eval_every < args.num_envs or last):
             video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None

@@ -1,0 +1,67 @@
+"""Small environments with known answers; the scripts take them as --env-id small_envs:NAME."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class PointMass(gym.Env):
+    """Drive x to 0: x' = x + a, |a| <= 0.4, reward -x'^2, 10 steps. Standing still returns -10/3 on average."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gym.spaces.Box(-0.4, 0.4, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.steps = self.np_random.uniform(-1, 1), 0
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, np.float32)), action
+        self.x, self.steps = self.x + float(action[0]), self.steps + 1
+        return np.array([self.x], np.float32), -(self.x**2), False, self.steps == 10, {}
+
+
+class TwoStates(gym.Env):
+    """State 0 leads to state 1 with reward 0; state 1 stays, with reward 1; the episode ends after 2 steps.
+
+    With discount g: Q(1) = 1/(1 - g), Q(0) = g/(1 - g) if the end is a time limit; Q(1) = 1, Q(0) = g if terminal.
+    """
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        reward, end = float(self.state), self.state == 1
+        self.state = 1
+        return np.ones(1, np.float32), reward, end and self.terminal, end and not self.terminal, {}
+
+
+class DiscreteActions(PointMass):
+    action_space = gym.spaces.Discrete(2)
+
+
+class DiscreteObservations(PointMass):
+    observation_space = gym.spaces.Discrete(2)
+
+
+class UnboundedActions(PointMass):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+
+
+for name, entry, kwargs in [
+    ("PointMass-v0", PointMass, {}),
+    ("TimeLimit-v0", TwoStates, {"terminal": False}),
+    ("Terminal-v0", TwoStates, {"terminal": True}),
+    ("DiscreteActions-v0", DiscreteActions, {}),
+    ("DiscreteObservations-v0", DiscreteObservations, {}),
+    ("UnboundedActions-v0", UnboundedActions, {}),
+]:
+    gym.register(name, entry, kwargs=kwargs)

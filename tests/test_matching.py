@@ -1,0 +1,148 @@
+"""The diffusion, trained on draws of a known density with known weights, generates what (8)-(10) say."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+
+import simpo_neg
+
+CENTRES, WIDTH = torch.tensor([-0.6, 0.0, 0.6]), 0.1  # pi_old is a mixture of three Gaussians in each of two states
+MASSES = torch.tensor([0.4, 0.3, 0.3])
+MEAN_WEIGHTS = torch.tensor([[0.1, 0.8, 2.4], [2.2, 0.4, 0.0]])  # E[w | component], one row per state
+STATES = torch.tensor([[-1.0], [1.0]])
+BOUND = {False: 0.08, True: 0.13}  # of the Wasserstein distance; signed weights are noisier to fit
+
+
+def fit(signed, steps=1500, batch=512, clip_negative=False):
+    """A policy fitted to draws of pi_old. Signed weights are often negative but have the same mean given a_0.
+
+    So E[w | a_t] > 0 everywhere (case I), and signed or not, the policy must generate the same distribution, (10).
+    """
+    torch.manual_seed(0)
+    policy = simpo_neg.DiffusionPolicy(obs_dim=1, action_dim=1, hidden_dim=64, steps=20)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        component = torch.multinomial(MASSES, 2 * batch, replacement=True).view(2, batch)
+        action = (CENTRES[component] + WIDTH * torch.randn(2, batch))[..., None]
+        weights = MEAN_WEIGHTS.gather(1, component)
+        if signed:
+            weights = weights + 2 * (torch.randint(2, weights.shape) * 2 - 1)
+        if clip_negative:
+            weights = weights.clamp(min=0)
+        t, noise = torch.randint(20, (2, batch)), torch.randn(2, batch, 1)
+        loss = policy.loss(STATES, action, weights, t, noise, error_clip=1e9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return policy
+
+
+def mixture(masses, size=20_000):
+    """Exact draws of the mixture with these masses."""
+    component = torch.multinomial(masses, size, replacement=True, generator=torch.Generator().manual_seed(2))
+    return (CENTRES[component] + WIDTH * torch.randn(size, generator=torch.Generator().manual_seed(3))).numpy()
+
+
+def distance(policy, state):
+    """Wasserstein-1 between the policy's draws and the closed form (10) at t = 0: pi_old E[w | a_0] / Z."""
+    draws = policy.sample(STATES, 20_000, torch.Generator().manual_seed(1))[state, :, 0]
+    return wasserstein_distance(draws.numpy(), mixture(MASSES * MEAN_WEIGHTS[state]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture(scope="module")
+def fitted(eager):
+    return {signed: fit(signed) for signed in (False, True)}
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("state", [0, 1])
+def test_draws_follow_the_reweighted_density(fitted, signed, state):
+    unweighted = wasserstein_distance(mixture(MASSES), mixture(MASSES * MEAN_WEIGHTS[state]))
+    assert unweighted > 3 * BOUND[signed]  # so that the bound means something
+    assert distance(fitted[signed], state) < BOUND[signed]
+
+
+def test_dropping_negative_weights_generates_something_else():
+    assert min(distance(fit(True, clip_negative=True), state) for state in (0, 1)) > 2 * BOUND[True]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_learned_velocity_is_the_closed_form(fitted, signed):
+    """(8): v* = E[w v_t(a_t | a_0) | a_t] / E[w | a_t], by sums over the components, where the path (10) has mass."""
+    policy, errors, scale = fitted[signed], [], []
+    centres, masses = CENTRES.double().numpy(), MASSES.double().numpy()
+    for i in (4, 9, 14, 19):
+        t = (i + 1) / 20
+        alpha, sigma = np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
+        x = np.linspace(-2.5, 2.5, 201)[:, None]
+        # Per component, a_t is Gaussian, and E[a_0 | a_t] and E[eps | a_t] are linear in a_t.
+        variance = (alpha * WIDTH) ** 2 + sigma**2
+        path = masses * np.exp(-0.5 * (x - alpha * centres) ** 2 / variance)  # (X, components)
+        action = centres + alpha * WIDTH**2 / variance * (x - alpha * centres)
+        eps = sigma / variance * (x - alpha * centres)
+        conditional = np.pi / 2 * (-sigma * action + alpha * eps)  # alpha'_t a_0 + sigma'_t eps
+        noisy = torch.tensor(x, dtype=torch.float32).expand(2, -1, 1)
+        with torch.no_grad():
+            states, times = policy.embed(STATES)
+            learned = np.pi / 2 * policy.velocity(noisy, states + times[i])[..., 0].double().numpy()
+        for state in range(2):
+            posterior = path * MEAN_WEIGHTS[state].double().numpy()
+            expected = (posterior * conditional).sum(1) / posterior.sum(1)
+            mass = posterior.sum(1) / posterior.sum()
+            errors.append((mass * (learned[state] - expected) ** 2).sum())
+            unweighted = (path * conditional).sum(1) / path.sum(1)
+            scale.append((mass * (unweighted - expected) ** 2).sum())
+    assert np.mean(errors) < 0.1 * np.mean(scale)
+
+
+def test_first_layer_parts_add_up_to_the_whole_network():
+    """embed and velocity together are a plain network of [a_t, s, t]."""
+    torch.manual_seed(0)
+    policy = simpo_neg.DiffusionPolicy(obs_dim=3, action_dim=2, hidden_dim=16, steps=5)
+    obs, noisy, i = torch.randn(4, 3), torch.randn(4, 7, 2), 2
+    states, times = policy.embed(obs)
+    h = torch.cat([noisy, obs[:, None].expand(4, 7, 3), policy.time_features[i].expand(4, 7, -1)], dim=-1)
+    for layer in policy.layers[:-1]:
+        h = torch.nn.functional.mish(layer(h))
+    torch.testing.assert_close(policy.velocity(noisy, states + times[i]), policy.layers[-1](h), rtol=1e-4, atol=1e-5)
+
+
+def test_critic_is_two_plain_networks():
+    torch.manual_seed(0)
+    critic = simpo_neg.Critic(obs_dim=3, action_dim=2, hidden_dim=16)
+    obs, action = torch.randn(4, 3), torch.randn(4, 7, 2)
+    q = critic(obs, action)
+    assert q.shape == (2, 4, 7)
+    for twin, values in zip(critic.twins, q, strict=True):
+        h = torch.cat([obs[:, None].expand(4, 7, 3), action], dim=-1)
+        for layer in twin[:-1]:
+            h = torch.nn.functional.mish(layer(h))
+        torch.testing.assert_close(values, twin[-1](h)[..., 0], rtol=1e-4, atol=1e-5)
+
+
+def test_mish_and_its_gradient():
+    x = torch.linspace(-100, 100, 2001, requires_grad=True)
+    ours, reference = simpo_neg.mish(x), torch.nn.functional.mish(x)
+    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, reference)), rtol=1e-4, atol=1e-6)
+
+
+def test_error_clip_bounds_the_loss_with_negative_weights():
+    """Case II: with weights of -1 the loss is unbounded below without the clip, and at least -error_clip with it."""
+    policy = simpo_neg.DiffusionPolicy(obs_dim=1, action_dim=1, hidden_dim=16, steps=20)
+    with torch.no_grad():
+        policy.layers[-1].bias += 1000
+    action, noise = torch.zeros(1, 8, 1), torch.randn(1, 8, 1)
+    settings = STATES[:1], action, -torch.ones(1, 8), torch.randint(20, (1, 8)), noise
+    assert policy.loss(*settings, error_clip=1e9) < -1e5
+    assert policy.loss(*settings, error_clip=5.0) == -5.0

@@ -1,0 +1,138 @@
+"""The training loop: Bellman targets, buffer, evaluation, determinism, and that each script learns."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+
+import simpo_neg
+
+SCRIPTS = ["simpo_exp", "simpo_power", "simpo_neg"]
+
+
+def read_eval(run_dir):
+    with open(run_dir / "eval.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def read_model(run_dir):
+    return torch.load(run_dir / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("env_id, q1", [("TimeLimit-v0", 1 / (1 - 0.5)), ("Terminal-v0", 1.0)])
+def test_bellman_target_at_time_limits_and_terminations(run_script, env_id, q1):
+    """See TwoStates: bootstrapping from the reset observation instead of the last one would give Q(1) = 4/3."""
+    flags = "--discount 0.5 --critic-lr 3e-3 --tau 0.1 --eval-every 0 --learning-starts 200 --total-timesteps 3200"
+    run_dir = run_script("simpo_neg", "--env-id", f"small_envs:{env_id}", *SMALL, *flags.split())
+    critic = simpo_neg.Critic(1, 1, hidden_dim=32)
+    critic.load_state_dict(read_model(run_dir)["critic"])
+    actions = torch.linspace(-0.9, 0.9, 10)[None, :, None].expand(2, 10, 1)
+    torch.compiler.set_stance("force_eager")
+    q = critic(torch.tensor([[0.0], [1.0]]), actions).mean((0, 2))
+    assert q.tolist() == pytest.approx([0.5 * q1, q1], abs=0.1)
+
+
+def test_replay_buffer_past_its_capacity():
+    buffer = simpo_neg.ReplayBuffer(capacity=7, obs_dim=1, action_dim=1, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, 24, 3):
+        rows = np.arange(first, first + 3)
+        buffer.add(rows[:, None], rows[:, None] + 0.5, rows[:, None] / 100, -rows, rows % 2 == 0)
+        obs, next_obs, action, reward, terminated = buffer.sample(500, generator)
+        assert set(obs[:, 0].tolist()) == set(range(max(0, first + 3 - 7), first + 3))  # the last 7 and no others
+        assert torch.equal(next_obs, obs + 0.5) and torch.allclose(action, obs / 100)
+        assert torch.equal(reward, -obs[:, 0]) and torch.equal(terminated, (obs[:, 0] % 2 == 0).float())
+
+
+def test_evaluation_leaves_training_unchanged_and_seeds_decide(run_script):
+    flags = ["--env-id", "small_envs:PointMass-v0", *SMALL, "--learning-starts", "100", "--total-timesteps", "400"]
+    runs = [
+        run_script("simpo_neg", *flags, "--seed", seed, "--eval-every", every)
+        for seed, every in [(1, 0), (1, 0), (1, 50), (2, 0)]
+    ]
+    first, again, evaluated, other_seed = (read_model(run) for run in runs)
+    for name in ("policy", "critic"):
+        for key, value in first[name].items():
+            assert torch.equal(value, again[name][key]), key
+            assert torch.equal(value, evaluated[name][key]), key
+        assert any(not torch.equal(value, other_seed[name][key]) for key, value in first[name].items())
+    assert [int(float(row["step"])) for row in read_eval(runs[2])] == list(range(50, 401, 50))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_learns_a_point_mass(run_script, capsys, script):
+    """Within 1,000 updates from a return of -3.3 (standing still) or worse to above -1; then --evaluate agrees."""
+    flags = (
+        "--total-timesteps 2400 --learning-starts 400 --steps-per-update 2 --eval-every 1200 --old-policy-interval 50"
+    )
+    flags += " --policy-lr 2e-3 --policy-lr-end 2e-3 --critic-lr 2e-3 --tau 0.02 --discount 0.9"
+    run_dir = run_script(script, "--env-id", "small_envs:PointMass-v0", *SMALL, *flags.split())
+    rows = read_eval(run_dir)
+    returns = [float(rows[-1][f"return_{i + 1}"]) for i in range(5)]
+    assert float(rows[-1]["mean"]) == pytest.approx(np.mean(returns), abs=1e-3)
+    assert float(rows[-1]["std"]) == pytest.approx(np.std(returns), abs=1e-3)
+    assert float(rows[-1]["mean"]) > -1.0
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 2400
+    assert (run_dir / "learning_curve.png").stat().st_size > 0 and list(run_dir.glob("events.out.tfevents.*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_script(script, "--evaluate", run_dir, "--eval-episodes", 5, "--eval-draws", 3, "--no-compile")
+    assert not end.value.code
+    assert f"return {float(rows[-1]['mean']):.1f} +- {float(rows[-1]['std']):.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("landscape", ["sqrt", "linear", "square", "exp"])
+@pytest.mark.parametrize("task, target, speed", [("cheetah", 10, "speed"), ("walker", 8, "horizontal_velocity")])
+def test_reward_landscapes(landscape, task, target, speed):
+    """Appendix F.2, from flat to steep, on the real tasks; info keeps the native reward."""
+    env = simpo_neg.make_env(f"dm_control/{task}-run-v0", landscape, 3.0)
+    native = simpo_neg.make_env(f"dm_control/{task}-run-v0")
+    assert np.array_equal(env.reset(seed=0)[0], native.reset(seed=0)[0])
+    rewards = []
+    for _ in range(30):
+        action = np.ones(env.action_space.shape, np.float32)
+        _, reward, _, _, info = env.step(action)
+        assert info["native_reward"] == native.step(action)[1]
+        z = np.clip(getattr(env.unwrapped._env.physics, speed)() / target, 0, 1)
+        expected = {"sqrt": z**0.5, "linear": z, "square": z * z, "exp": (np.exp(3 * z) - 1) / (np.exp(3) - 1)}
+        assert reward == pytest.approx(expected[landscape])
+        rewards.append(reward)
+    assert max(rewards) > 0
+
+
+def test_actions_respect_the_bounds_of_the_environment():
+    """[-1, 1] is mapped to the whole range, Humanoid's being 0.4."""
+    env = simpo_neg.make_env("Humanoid-v4")
+    assert env.action_space.low.min() == -1 and env.action_space.high.max() == 1
+    env.reset(seed=0)
+    env.step(np.ones(17, np.float32))
+    np.testing.assert_allclose(env.unwrapped.data.ctrl, 0.4)
+
+
+def test_compiled_and_eager_agree():
+    torch.manual_seed(0)
+    policy, critic = simpo_neg.DiffusionPolicy(3, 2, 16, 4), simpo_neg.Critic(3, 2, 16)
+    obs, action, noise = torch.randn(8, 3), torch.rand(8, 4, 2), torch.randn(8, 4, 2)
+    weights, t = torch.randn(8, 4), torch.randint(4, (8, 4))
+    results = []
+    for stance in ("default", "force_eager"):
+        torch.compiler.set_stance(stance)
+        loss = policy.loss(obs, action, weights, t, noise, 5.0)
+        gradients = torch.autograd.grad(loss, list(policy.parameters()))
+        draws = policy.sample(obs, 4, torch.Generator().manual_seed(1))
+        results.append([loss, *gradients, draws, critic(obs, action)])
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_draws_follow_float32_draws():
+    torch.manual_seed(0)
+    torch.compiler.set_stance("force_eager")
+    policy, obs = simpo_neg.DiffusionPolicy(3, 2, 64, 20), torch.randn(64, 3)
+    single, half = (
+        policy.sample(obs, 32, torch.Generator().manual_seed(1), d) for d in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.float32 and 0 < (single - half).abs().mean() < 0.01
