@@ -165,12 +165,11 @@ def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {env_id}: {error}") from None
-    box_obs = isinstance(env.observation_space, (gym.spaces.Box, gym.spaces.Dict))
-    if not box_obs or not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite(env.action_space.high).all():
-        raise SystemExit(
-            f"--env-id {env_id}: observations and actions must be continuous (Box), actions bounded; "
-            f"it has {env.observation_space} and {env.action_space}"
-        )
+    obs_space, action_space = env.observation_space, env.action_space
+    fit = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
+    if not fit or not np.isfinite([action_space.low, action_space.high]).all():
+        rule = "observations and actions must be continuous (Box), actions within bounds"
+        raise SystemExit(f"--env-id {env_id}: {rule}; it has {obs_space} and {action_space}")
     if landscape != "native":
         env = RewardLandscape(env, landscape, landscape_c, env_id)
     if video_folder:
@@ -267,9 +266,9 @@ class DiffusionPolicy(nn.Module):
         noise = torch.randn(shape, generator=generator, device=obs.device)
         # On a CPU go through the states in blocks whose activations stay in the L2 cache.
         block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
+        obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
         actions = []
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            obs_embedding, time_embedding = self.embed(obs)
             for state, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
                 action = eps[self.steps]
                 for i in reversed(range(self.steps)):
@@ -339,10 +338,8 @@ class ReplayBuffer:
     def add(self, obs, next_obs, action, reward, terminated):
         """Arrays with one row per environment; the oldest rows make room."""
         rows = (self.next + torch.arange(len(reward), device=self.obs.device)) % self.capacity
-        for name, values in dict(
-            obs=obs, next_obs=next_obs, action=action, reward=reward, terminated=terminated
-        ).items():
-            column = getattr(self, name)
+        columns = self.obs, self.next_obs, self.action, self.reward, self.terminated
+        for column, values in zip(columns, (obs, next_obs, action, reward, terminated), strict=True):
             column[rows] = torch.as_tensor(values, dtype=torch.float32, device=column.device)
         self.next = (self.next + len(reward)) % self.capacity
         self.size = min(self.size + len(reward), self.capacity)
@@ -367,7 +364,7 @@ def evaluate(policy, critic, args, sampling_dtype, video_folder=None):
         for i in range(args.eval_episodes)
     ]
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed + 10_000)
     obs, _ = envs.reset(seed=args.seed + 10_000)
     returns, native_returns, running = (np.full(args.eval_episodes, x) for x in (0.0, 0.0, True))
     while running.any():
@@ -399,13 +396,8 @@ def plot_learning_curve(run_dir):
 
 def save(path, args, policy, critic):
     """The trained model with its arguments."""
-    model = {
-        "script": Path(__file__).stem,
-        "args": asdict(args),
-        "policy": policy.state_dict(),
-        "critic": critic.state_dict(),
-    }
-    torch.save(model, path)
+    networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
+    torch.save({"script": Path(__file__).stem, "args": asdict(args)} | networks, path)
 
 
 def load(path, device):
@@ -431,7 +423,7 @@ def check(args):
     at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
         steps_per_update buffer_size eval_episodes eval_draws log_every"""
     above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip landscape_c"
-    at_least_0 = "particle_noise policy_lr_end learning_starts eval_every"
+    at_least_0 = "particle_noise policy_lr_end learning_starts eval_every seed"
     log_k = math.log(max(args.num_particles, 1))
     shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
     rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1.split()]
@@ -472,8 +464,8 @@ if __name__ == "__main__":
     check(args)
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
     mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
-    if args.capture_video and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # nothing is drawn but videos
     device, sampling_dtype = pick_machine(args)
 
     if args.evaluate:
@@ -486,18 +478,21 @@ if __name__ == "__main__":
             print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
         raise SystemExit
 
-    make = lambda: make_env(args.env_id, args.reward_landscape, args.landscape_c)  # noqa: E731
-    envs = gym.vector.SyncVectorEnv([make] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    make = [lambda: make_env(args.env_id, args.reward_landscape, args.landscape_c)] * args.num_envs
+    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path("runs") / run_name
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise SystemExit(f"cannot make {run_dir}: {error.strerror}") from None
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     if args.track:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         run = dict(project=args.wandb_project, name=run_name, config=asdict(args), dir=run_dir, mode=mode)
         wandb.init(**run, sync_tensorboard=True)
     writer = SummaryWriter(run_dir)
@@ -570,10 +565,8 @@ if __name__ == "__main__":
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
             policy_optimizer.zero_grad()
             policy_loss.backward()
-            progress_share = global_step / args.total_timesteps
-            policy_optimizer.param_groups[0]["lr"] = args.policy_lr + progress_share * (
-                args.policy_lr_end - args.policy_lr
-            )
+            decay = global_step / args.total_timesteps
+            policy_optimizer.param_groups[0]["lr"] = (1 - decay) * args.policy_lr + decay * args.policy_lr_end
             policy_optimizer.step()
 
             # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights.
@@ -587,7 +580,8 @@ if __name__ == "__main__":
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
-                torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+                for target, online in zip(critic_target.parameters(), critic.parameters(), strict=True):
+                    target.lerp_(online, args.tau)
             num_updates += 1
             if num_updates % args.old_policy_interval == 0:
                 old_policy.load_state_dict(policy.state_dict())
@@ -599,14 +593,14 @@ if __name__ == "__main__":
                 "loss/policy": policy_loss,
                 "loss/temperature": temperature_loss,
                 "q/mean": q.mean(),
-                "q/particle_spread": particle_q.std(-1).mean() if K > 1 else 0.0,
+                "q/particle_spread": particle_q.std(-1).mean(),
                 "weights/temperature": temperature,
                 "weights/entropy": entropy,
                 "weights/share_negative": (weights < 0).float().mean(),
                 "weights/negative_mass": weights.clamp(max=0).abs().mean(),
                 "weights/max": weights.amax(-1).mean(),
                 "weights/effective_actions": (weights.abs().sum(-1) ** 2 / weights.square().sum(-1)).mean(),
-                "policy/action_spread": particles.std(1).mean() if K > 1 else 0.0,
+                "policy/action_spread": particles.std(1).mean(),
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
             for name, value in scalars.items():
@@ -619,10 +613,9 @@ if __name__ == "__main__":
             row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
             row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
             row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
-            new = not (run_dir / "eval.csv").exists()
             with open(run_dir / "eval.csv", "a", newline="") as file:
                 table = csv.DictWriter(file, row)
-                if new:
+                if file.tell() == 0:
                     table.writeheader()
                 table.writerow({name: round(float(value), 3) for name, value in row.items()})
             writer.add_scalar("eval/return", returns.mean(), global_step)

@@ -115,9 +115,12 @@ def test_no_gradient_flows_into_the_weights():
         assert not weights.requires_grad and not nu.requires_grad
 
 
-@pytest.mark.parametrize("p", [0.1, 0.25, 8.0])
-def test_extreme_powers_average_one(p):
+@pytest.mark.parametrize("power", [0.1, 0.25, 8.0])
+def test_extreme_powers_average_one(power):
     q = torch.randn(100, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for temperature in (1e-3, 1.0, 1e3):
-        weights, _ = simpo_power.reweight(q, temperature, p)
-        torch.testing.assert_close(weights.mean(-1), torch.ones(100, dtype=torch.float64), rtol=1e-9, atol=0)
+        for weights, _ in (
+            simpo_power.reweight(q, temperature, power),
+            simpo_neg.reweight(q, temperature, power, 0.5),
+        ):
+            torch.testing.assert_close(weights.mean(-1), torch.ones(100, dtype=torch.float64), rtol=1e-9, atol=0)

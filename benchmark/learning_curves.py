@@ -1,0 +1,93 @@
+"""Makes the README's learning curves: runs the named trainings one after another, keeps each eval.csv, draws them.
+
+python benchmark/learning_curves.py                       # redraw the pictures from the CSVs
+python benchmark/learning_curves.py lin-neg-halfcheetah   # train it under runs/learning_curves/, then redraw
+python benchmark/learning_curves.py all                   # train whatever has no CSV yet, then redraw
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmark" / "learning_curves"
+VARIANTS = {  # label, colour (Okabe-Ito), command
+    "exp": ("Exp", "#000000", "simpo_exp.py"),
+    "linear": ("Linear", "#0072B2", "simpo_power.py --power 1"),
+    "square": ("Square", "#009E73", "simpo_power.py --power 2"),
+    "lin-neg": ("Lin. Neg.", "#D55E00", "simpo_neg.py --power 1 --epsilon 0.5"),
+}
+# Cheap enough for a laptop: fewer and smaller everything, but one update per environment step.
+REDUCED = "--num-particles 8 --target-kl 0.9 --hidden-dim 128 --diffusion-steps 10 --steps-per-update 1"
+REDUCED += " --total-timesteps 15000 --learning-starts 2000 --eval-every 2500 --eval-episodes 10"
+GROUPS = {  # picture: (title, flags, variants)
+    "halfcheetah": (
+        "HalfCheetah-v4, the paper's settings",
+        "--env-id HalfCheetah-v4 --total-timesteps 45000 --eval-every 5000",
+        ["lin-neg"],
+    ),
+    "halfcheetah-reduced": ("HalfCheetah-v4, reduced settings", f"--env-id HalfCheetah-v4 {REDUCED}", list(VARIANTS)),
+    "cheetah-run-reduced": (
+        "dm_control/cheetah-run-v0, square landscape, reduced settings",
+        f"--env-id dm_control/cheetah-run-v0 --reward-landscape square {REDUCED}",
+        ["linear", "square"],
+    ),
+}
+RUNS = {
+    f"{variant}-{group}": f"{VARIANTS[variant][2]} {flags}"
+    for group, (_, flags, variants) in GROUPS.items()
+    for variant in variants
+}
+
+
+def run(name):
+    """Trains in runs/learning_curves/NAME and keeps its eval.csv, seed 1."""
+    folder = ROOT / "runs" / "learning_curves" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    script, *flags = RUNS[name].split()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, check=True, env=environment)
+    (result,) = folder.glob("runs/*/eval.csv")
+    shutil.copy(result, FOLDER / f"{name}.csv")
+
+
+def draw():
+    for group, (title, _, variants) in GROUPS.items():
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for variant in variants:
+            path = FOLDER / f"{variant}-{group}.csv"
+            if not path.exists():
+                continue
+            with open(path) as file:
+                rows = list(csv.DictReader(file))
+            step, mean, std = (np.array([float(row[key]) for row in rows]) for key in ("step", "mean", "std"))
+            label, colour, _ = VARIANTS[variant]
+            axes.plot(step, mean, color=colour, label=label, marker="o", markersize=3)
+            axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        if axes.lines:
+            axes.set(xlabel="environment steps", ylabel="evaluation return (mean, std over episodes)", title=title)
+            axes.legend(frameon=False)
+            figure.savefig(FOLDER / f"{group}.png", dpi=110)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:]
+    unknown = [name for name in wanted if name not in RUNS and name != "all"]
+    if unknown:
+        raise SystemExit(f"unknown run {unknown[0]}; known are all, {', '.join(RUNS)}")
+    if wanted == ["all"]:
+        wanted = [name for name in RUNS if not (FOLDER / f"{name}.csv").exists()]
+    for name in wanted:
+        run(name)
+    draw()
