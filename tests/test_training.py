@@ -84,6 +84,37 @@ def test_learns_a_point_mass(run_script, capsys, script):
     assert f"return {float(rows[-1]['mean']):.1f} +- {float(rows[-1]['std']):.1f}" in capsys.readouterr().out
 
 
+def test_refreshing_the_old_policy_iterates_the_improvement(run_script):
+    """With a small target KL one step from the first policy is not enough; a refreshed old policy makes many."""
+    flags = "--env-id small_envs:PointMass-v0 --total-timesteps 1600 --learning-starts 400 --steps-per-update 2"
+    flags += " --eval-every 1600 --policy-lr 2e-3 --policy-lr-end 2e-3 --critic-lr 2e-3 --tau 0.02 --discount 0.9"
+    small = [*SMALL, "--target-kl", "0.1", "--eval-draws", "1", "--eval-episodes", "20"]
+    often, never = (
+        float(read_eval(run_script("simpo_neg", *flags.split(), *small, "--old-policy-interval", n))[-1]["mean"])
+        for n in (50, 10**9)
+    )
+    assert often > never + 0.5
+
+
+def test_evaluation_takes_the_best_draw_by_the_smaller_q():
+    """Draws are -1, 0 and 1; one twin knows that x + 0.4 a should be near 0, the other always says 100."""
+
+    class Policy:
+        alpha_sigma = torch.zeros(1)
+
+        def sample(self, obs, num_actions, generator, dtype):
+            return torch.tensor([-1.0, 0.0, 1.0])[None, :, None].expand(len(obs), 3, 1)
+
+    def critic(obs, action):
+        knows = -((obs[:, None] + 0.4 * action) ** 2)[..., 0]
+        return torch.stack([knows, torch.full_like(knows, 100.0)])
+
+    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50)
+    returns, native = simpo_neg.evaluate(Policy(), critic, args, torch.float32)
+    # From |x| <= 1 the best of the three brings x to within 0.2 in at most two steps and keeps it there.
+    assert returns.min() > -(0.6**2) - 9 * 0.2**2 - 1e-6 and np.array_equal(returns, native)
+
+
 @pytest.mark.parametrize("landscape", ["sqrt", "linear", "square", "exp"])
 @pytest.mark.parametrize("task, target, speed", [("cheetah", 10, "speed"), ("walker", 8, "horizontal_velocity")])
 def test_reward_landscapes(landscape, task, target, speed):
