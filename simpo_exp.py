@@ -155,6 +155,7 @@ class RewardLandscape(gym.Wrapper):
 
 def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
     """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     if env_id.startswith("dm_control/"):
         import shimmy
 
@@ -434,7 +435,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     check(args)
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # nothing is drawn but videos
     device, sampling_dtype = pick_machine(args)
