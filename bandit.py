@@ -25,8 +25,11 @@ import contextlib
 import csv
 import io
 import math
+import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
@@ -360,8 +363,8 @@ def reached(regret, trials):
 
 
 def summarise(setting, trials, regret):
-    """One dict per method and epsilon, with 95% intervals: regret of the last 10 rounds, mean regret over all rounds, the
-    latter minus Square's on the same seeds, share that reached the greater optimum."""
+    """One dict per method and epsilon, with 95% intervals: regret of the last 10 rounds, mean regret over all rounds,
+    the latter minus Square's on the same seeds, share that reached the greater optimum."""
     rows, square = [], [n for n, trial in enumerate(trials) if trial.method == "Square"]
     for method, epsilon in dict.fromkeys((trial.method, trial.epsilon) for trial in trials):
         i = [n for n, trial in enumerate(trials) if (trial.method, trial.epsilon) == (method, epsilon)]
@@ -456,7 +459,7 @@ def figure_1(args, progress):
                 learned.append(policies.velocity(x.float().expand(2, -1), time, policies.time_features(time))[0])
         for case, mask in (("case I", case_1), ("case II", ~case_1)):
             if mask.any():
-                errors[f"{case}, t = {t}"] = [(v - best)[mask].square().mean().sqrt().item() for v in learned]
+                errors[f"{case}, t = {t}"] = [(v - best)[mask].abs().median().item() for v in learned]
         shade = dict(transform=ax.get_xaxis_transform(), color="grey", alpha=0.3, linewidth=0)
         ax.fill_between(x, 0, 1, where=~case_1, label="case II: $E[w\\,|\\,a_t] < 0$", **shade)
         ax.plot(x, best.where(case_1, math.nan), color="black", label="closed form (8)")
@@ -469,7 +472,7 @@ def figure_1(args, progress):
         style = dict(color="#D55E00" if "II" in name else "black", linestyle="-" if "0.6" in name else "--")
         ax.plot(updates, error, label=name, **style)
         rows += points(updates, error, panel="d", series=name)
-    ax.set(xlabel="update", ylabel=r"$|v_\theta - v^*|$ / ($\pi$/2), root mean square", xscale="log", yscale="log")
+    ax.set(xlabel="update", ylabel=r"median $|v_\theta - v^*|$ / ($\pi$/2)", xscale="log", yscale="log")
     ax.set_title("(d) distance from (8) while training")
     for ax in axes.flat:
         ax.legend(fontsize=8)
@@ -663,7 +666,8 @@ def check(args):
         ) from None
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
-        (args.save_dir / "summary.csv").touch()
+        if not os.access(args.save_dir, os.W_OK):
+            raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise SystemExit(f"--save-dir {args.save_dir}: cannot write there ({error.strerror}); name another") from None
 
@@ -681,14 +685,23 @@ def parse():
         raise
 
 
+def run_figure(name, args):
+    """Makes one figure in its own process, on one thread: the networks are too small to share among threads."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # weights of Exp underflow, and denormal numbers are slow
+    with tqdm(desc=f"figure {name}", position=int(name) - 1, dynamic_ncols=True) as progress:
+        return [dict(figure=name) | row for row in FIGURES[name](args, progress)]
+
+
 if __name__ == "__main__":
     args = parse()
     check(args)
-    torch.set_flush_denormal(True)  # weights of Exp underflow, and denormal numbers are slow
-    summary = []
-    for name in FIGURES if args.figure == "all" else [args.figure]:
-        with tqdm(desc=f"figure {name}", dynamic_ncols=True) as progress:
-            summary += [dict(figure=name) | row for row in FIGURES[name](args, progress)]
+    if args.figure == "all":
+        with ProcessPoolExecutor(min(len(FIGURES), os.cpu_count()), get_context("spawn")) as pool:
+            longest_first = {name: pool.submit(run_figure, name, args) for name in reversed(FIGURES)}
+        summary = [row for name in FIGURES for row in longest_first[name].result()]
+    else:
+        summary = run_figure(args.figure, args)
     if summary:
         print_table(summary)
         save_csv(args.save_dir / "summary.csv", summary)

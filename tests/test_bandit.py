@@ -1,6 +1,8 @@
 """bandit.py: weights, matching, regret and independence of trials, each against something it did not compute itself."""
 
 import math
+import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,14 +43,15 @@ def weights_by_bisection(q, temperature, method, epsilon):
     return [g(high - (best - x) / temperature) for x in q]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     q=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=40),
-    temperature=st.floats(1e-3, 100),
+    temperature=st.floats(-3, 2).map(lambda x: 10**x),
     method=st.sampled_from(METHODS),
     epsilon=st.floats(0, 5),
     offset=st.sampled_from([0.0, -1000.0, 4096.0]),
 )
+@example(q=[i / 31 for i in range(32)], temperature=0.4, method="Lin. Neg.", epsilon=0.5, offset=0.0)
 @example(q=[0.7], temperature=0.1, method="Lin. Neg.", epsilon=0.5, offset=0.0)
 @example(q=[0.7] * 32, temperature=0.1, method="Square", epsilon=0.0, offset=4096.0)
 @example(q=[1.0, 1.0, 0.0, 0.0], temperature=1e-3, method="Linear", epsilon=0.0, offset=0.0)
@@ -91,7 +94,7 @@ def test_dual_step_reaches_the_target_kl():
 # Weights whose product with the old policy N(0, 1) is a mixture of Gaussians, so that (8) and (10) are known exactly:
 # w(a) = sum_j c_j exp(-(a - m_j)^2 / (2 s_j^2)), normalised below.
 POSITIVE = [(1.0, 0.8, 0.5), (0.3, -1.0, 0.6)]
-SIGNED = [(1.0, 0.0, 1e6), (-1.6, 0.3, 0.35)]  # negative around 0.3, yet case I for all t >= T_SIGNED
+SIGNED = [(1.0, 0.0, 1e6), (-1.25, 0.3, 0.5)]  # negative around 0.3, yet case I for all t >= T_SIGNED
 T_SIGNED = 0.5
 
 
@@ -132,11 +135,13 @@ def kolmogorov(draws, parts, t):
 def fitted():
     """Policies fitted by (7) to N(0, 1) with the positive, the signed and no weights."""
     weigh = [signed_mixture(POSITIVE)[1], signed_mixture(SIGNED)[1], torch.ones_like]
-    return bandit.fit(weigh, Args(fit_updates=1500))[0]
+    return bandit.fit(weigh, Args(fit_updates=1200))[0]
 
 
-@pytest.mark.parametrize("index, bumps, times", [(0, POSITIVE, (0.2, 0.5, 0.8)), (1, SIGNED, (T_SIGNED, 0.65, 0.8))])
-def test_learned_velocity_is_the_closed_form(fitted, index, bumps, times):
+@pytest.mark.parametrize(
+    "index, bumps, times, most", [(0, POSITIVE, (0.2, 0.5, 0.8), 0.05), (1, SIGNED, (T_SIGNED, 0.65, 0.8), 0.15)]
+)
+def test_learned_velocity_is_the_closed_form(fitted, index, bumps, times, most):
     parts, _ = signed_mixture(bumps)
     x = torch.linspace(-3, 3, 601)
     for t in times:
@@ -146,7 +151,7 @@ def test_learned_velocity_is_the_closed_form(fitted, index, bumps, times):
         with torch.no_grad():
             learned = fitted.velocity(x.expand(3, -1), time, fitted.time_features(time)).double()
         error = ((learned - velocity) ** 2 * density / density.sum()).sum(1).sqrt()  # root mean square under (10)
-        assert error[index] < 0.08, (t, error)
+        assert error[index] < most, (t, error)
         assert error[2] > 3 * error[index], (t, error)  # an unweighted fit is far off
 
 
@@ -164,15 +169,15 @@ def test_generated_density_is_the_path(fitted):
     """(10): the sampler at t = 0 for positive weights; the flow's own ODE down to T_SIGNED for signed ones."""
     generator = torch.Generator().manual_seed(1)
     positive, signed = signed_mixture(POSITIVE)[0], signed_mixture(SIGNED)[0]
-    draws = fitted.sample(torch.randn(3, 101, 20_000, generator=generator), 6.0)
-    assert kolmogorov(draws[0], positive, 0.0) < 0.025 < 0.1 < kolmogorov(draws[2], positive, 0.0)
-    x, steps = torch.randn(3, 20_000, generator=generator), 200
+    draws = fitted.sample(torch.randn(3, 51, 8_000, generator=generator), 6.0)
+    assert kolmogorov(draws[0], positive, 0.0) < 0.03 < 0.1 < kolmogorov(draws[2], positive, 0.0)
+    x, steps = torch.randn(3, 8_000, generator=generator), 50
     with torch.no_grad():
         for i in range(steps):
             time = torch.full_like(x, 1 - (1 - T_SIGNED) * (i + 0.5) / steps)
             half = x - (1 - T_SIGNED) / steps / 2 * math.pi / 2 * fitted.velocity(x, time, fitted.time_features(time))
             x = x - (1 - T_SIGNED) / steps * math.pi / 2 * fitted.velocity(half, time, fitted.time_features(time))
-    assert kolmogorov(x[1], signed, T_SIGNED) < 0.02 < 0.04 < kolmogorov(x[2], signed, T_SIGNED)
+    assert kolmogorov(x[1], signed, T_SIGNED) < 0.045 < 0.09 < kolmogorov(x[2], signed, T_SIGNED)
 
 
 # -------------------------------------------------------------------------------------------------- regret and trials
@@ -180,7 +185,7 @@ def test_generated_density_is_the_path(fitted):
 
 def test_regret_on_a_known_integral():
     """E_{a ~ N(m, s^2)} exp(-(a - c)^2 / (2 w^2)) = w / sqrt(w^2 + s^2) exp(-(m - c)^2 / (2 (w^2 + s^2)))."""
-    args = replace(SMALL, rounds=1, updates=1, groups=256, action_bound=30.0, diffusion_steps=100)
+    args = replace(SMALL, rounds=1, updates=1, groups=128, action_bound=30.0, diffusion_steps=100)
     for start, std, width, height in ((-1.0, 0.8, 0.3, 0.5), (0.9, 0.5, 0.6, 0.7)):
         base = Trial(distance=20.0, height=height, width=width, start=start, start_std=std)  # one bump is all it sees
         regret, _ = bandit.train([replace(base, seed=seed) for seed in range(4)], args)
@@ -219,20 +224,18 @@ def test_share_interval_is_wilsons():
 
 
 def run(monkeypatch, *flags):
-    import runpy
-
     monkeypatch.setattr(sys, "argv", ["bandit.py", *map(str, flags)])
     runpy.run_path(str(Path(bandit.__file__)), run_name="__main__")
 
 
-def test_every_figure_and_same_seed_same_files(tmp_path, monkeypatch, capsys):
+def test_every_figure_and_same_seed_same_files(tmp_path, monkeypatch):
     small = "--seeds 2 --sweep-seeds 1 --rounds 3 --updates 2 --fit-updates 40 --groups 1".split()
-    run(monkeypatch, *small, "--save-dir", tmp_path / "a")
+    command = [sys.executable, bandit.__file__, *small, "--save-dir", tmp_path / "a"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
     names = [f"figure{i}.{kind}" for i in (1, 2, 3, 4) for kind in ("csv", "png")]
     names += ["figure2_histograms.csv", "figure3_sweeps.csv", "summary.csv"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(names)
-    output = capsys.readouterr()
-    assert all(method in output.out for method in METHODS) and "figure 4" in output.err  # a table, and progress
+    assert all(method in output.stdout for method in METHODS) and "figure 4" in output.stderr  # a table, and progress
     run(monkeypatch, "--figure", 2, *small, "--save-dir", tmp_path / "b")
     run(monkeypatch, "--figure", 2, *small, "--save-dir", tmp_path / "c", "--seed", 7)
     for name in ("figure2.csv", "figure2.png", "figure2_histograms.csv"):
