@@ -12,6 +12,7 @@ import simpo_power
 
 POWERS = [0.5, 1.0, 1.5, 2.0, 3.0]
 EPSILONS = [0.0, 0.1, 0.5, 1.0, 3.0]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def bisect(q, temperature, g):
@@ -60,15 +61,15 @@ def cases(draw):
     return q, spread * 10.0 ** draw(st.floats(-6, 6))
 
 
-@pytest.mark.parametrize("number", range(len(list(variants()))))
-def test_equal_to_float64_bisection_and_keeps_the_order(number):
-    reweight, settings_of_g, g = list(variants())[number]
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reweight, settings_of_g, g", variants())
+def test_equal_to_float64_bisection_and_keeps_the_order(reweight, settings_of_g, g, device):
 
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(cases())
     def check(case):
         q, temperature = case
-        weights, nu = reweight(q, temperature, *settings_of_g)
+        weights, nu = (x.cpu() for x in reweight(q.to(device), temperature, *settings_of_g))
         assert weights.shape == q.shape and nu.shape == (*q.shape[:-1], 1)
         assert weights.dtype == nu.dtype == q.dtype
         rows, w = q.double().reshape(-1, q.shape[-1]).numpy(), weights.double().reshape(-1, q.shape[-1]).numpy()
