@@ -362,14 +362,22 @@ def reached(regret, trials):
     return (regret[:, -10:].mean(1) < 1 - torch.tensor([trial.height for trial in trials])).numpy()
 
 
+def trapped(regret, trials):
+    """Whether a trial's last 10 rounds earn what the lesser optimum gives, to within 0.03: (R,) bool."""
+    lesser = 1 - torch.tensor([trial.height for trial in trials])
+    return ((regret[:, -10:].mean(1) - lesser).abs() < 0.03).numpy()
+
+
 def summarise(setting, trials, regret):
     """One dict per method and epsilon, with 95% intervals: regret of the last 10 rounds, mean regret over all rounds,
-    the latter minus Square's on the same seeds, share that reached the greater optimum."""
+    the latter minus Square's on the same seeds; how many reached the greater optimum or are trapped at the lesser."""
     rows, square = [], [n for n, trial in enumerate(trials) if trial.method == "Square"]
     for method, epsilon in dict.fromkeys((trial.method, trial.epsilon) for trial in trials):
         i = [n for n, trial in enumerate(trials) if (trial.method, trial.epsilon) == (method, epsilon)]
-        arrived = reached(regret[i], [trials[n] for n in i])
-        row = dict(setting=setting, method=method, epsilon=epsilon, trials=len(i), reached=int(arrived.sum()))
+        mine = [trials[n] for n in i]
+        arrived, stuck = reached(regret[i], mine), trapped(regret[i], mine)
+        row = dict(setting=setting, method=method, epsilon=epsilon, trials=len(i))
+        row |= dict(reached=int(arrived.sum()), trapped=int(stuck.sum()))
         for name, interval in (
             ("final", mean_interval(regret[i, -10:].mean(1))),
             ("mean", mean_interval(regret[i].mean(1))),
@@ -383,11 +391,15 @@ def summarise(setting, trials, regret):
 
 def print_table(rows):
     names = {"final": "final regret", "mean": "mean over rounds", "minus_square": "mean minus Square's"}
-    print(f"\n{'setting':24} {'method':13}", *(f"{name + ' [95%]':>26}" for name in names.values()), " reached")
+    print(f"\n{'setting':24} {'method':13}", *(f"{name + ' [95%]':>26}" for name in names.values()), " reached trapped")
     for row in rows:
         method = row["method"] + (f" {row['epsilon']:g}" if row["epsilon"] else "")
         cells = (f"{row[x]:.3f} [{row[x + '_low']:.3f}, {row[x + '_high']:.3f}]" for x in names)
-        print(f"{row['setting']:24} {method:13}", *(f"{x:>26}" for x in cells), f"{row['reached']:>4}/{row['trials']}")
+        print(
+            f"{row['setting']:24} {method:13}",
+            *(f"{x:>26}" for x in cells),
+            f"{row['reached']:>4}/{row['trials']} {row['trapped']:>4}/{row['trials']}",
+        )
 
 
 def save(args, name, figure, rows):

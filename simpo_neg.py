@@ -299,7 +299,7 @@ def reweight(q, temperature, power, epsilon):
         return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
 
     sorted_gap = gap.sort(-1).values
-    k = torch.arange(1, K + 1, device=q.device)
+    k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
     s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)
     if power == 1:
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25)

@@ -297,7 +297,7 @@ def reweight(q, temperature, power):
         return y.clamp(min=0) ** power
 
     sorted_gap = gap.sort(-1).values
-    k = torch.arange(1, K + 1, device=q.device)
+    k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
     s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)
     if power == 1:
         active = k * sorted_gap - s1 < K  # (25)

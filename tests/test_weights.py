@@ -76,7 +76,7 @@ def test_equal_to_float64_bisection_and_keeps_the_order(reweight, settings_of_g,
         expected = np.stack([bisect(row, temperature, g) for row in rows])
         largest = expected.max(axis=-1, keepdims=True)
         np.testing.assert_array_less(np.abs(w - expected) / largest, 1e-5)
-        np.testing.assert_allclose(w.mean(-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(w.mean(-1), 1, rtol=1e-5 if q.dtype == torch.float32 else 1e-9)
         for row, row_weights in zip(rows, w, strict=True):
             assert (np.diff(row_weights[np.argsort(row)]) >= -1e-12).all()
             assert all(np.ptp(row_weights[row == value]) == 0 for value in np.unique(row))
