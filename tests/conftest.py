@@ -9,6 +9,13 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def restore_process_state():
+    """Scripts run in this process, and bandit.py makes it flush denormal numbers: not for the tests after it."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
     """Runs `python SCRIPT.py FLAGS` in this process and an empty directory; returns the run's directory, if any.
