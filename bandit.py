@@ -473,7 +473,7 @@ def figure_1(args, progress):
             if mask.any():
                 errors[f"{case}, t = {t}"] = [(v - best)[mask].abs().median().item() for v in learned]
         shade = dict(transform=ax.get_xaxis_transform(), color="grey", alpha=0.3, linewidth=0)
-        ax.fill_between(x, 0, 1, where=~case_1, label="case II: $E[w\\,|\\,a_t] < 0$", **shade)
+        ax.fill_between(x, 0, 1, where=~case_1, label="" if case_1.all() else "case II: $E[w\\,|\\,a_t] < 0$", **shade)
         ax.plot(x, best.where(case_1, math.nan), color="black", label="closed form (8)")
         ax.plot(x, learned[-1], color="#D55E00", linestyle="--", label=r"learned $v_\theta$")
         for series, y in (("closed form", best), ("learned", learned[-1]), ("E[w|a_t]", expected_w)):
