@@ -24,14 +24,21 @@ floor (11) and their normaliser (appendix E); replay buffer; evaluation; Algorit
     python simpo_neg.py --env-id Humanoid-v4 --epsilon 0.5
 """
 
+import atexit
 import copy
 import csv
+import hashlib
+import io
 import json
 import math
 import os
+import pickle
+import signal
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +50,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -118,6 +126,10 @@ class Args:
     """actions drawn per step in evaluation; the critics' favourite is taken"""
     log_every: int = 1_000
     """environment steps between logged scalars"""
+    checkpoint_every: int = 5_000
+    """environment steps between checkpoints in runs/<run_name>/checkpoint; 0 turns them off"""
+    resume: str = ""
+    """runs/<run_name> of a stopped run: go on where its last checkpoint was, with its arguments"""
     capture_video: bool = False
     """record the first episode of every evaluation as runs/<run_name>/videos/*.mp4"""
     track: bool = False
@@ -155,6 +167,28 @@ class RewardLandscape(gym.Wrapper):
         z = min(max(float(speed) / self.target, 0.0), 1.0)
         shaped = {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": math.expm1(self.c * z) / math.expm1(self.c)}
         return obs, shaped[self.landscape], terminated, truncated, {**info, "native_reward": reward}
+
+
+class Replayable(gym.Wrapper):
+    """Episode k starts from a seed made of the first seed and k: its actions are then enough to return to any state."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.first_seed, self.episode = seed, -1
+        self.episode, self.actions = self.episode + 1, []
+        seed = np.random.SeedSequence([self.first_seed, self.episode]).generate_state(1)[0]
+        return self.env.reset(seed=int(seed), options=options)
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        return self.env.step(action)
+
+    def replay(self, first_seed, episode, actions):
+        self.first_seed, self.episode = first_seed, episode - 1
+        obs, _ = self.reset()
+        for action in actions.numpy():
+            obs, *_ = self.step(action)
+        return obs
 
 
 def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
@@ -331,35 +365,42 @@ class ReplayBuffer:
     """A ring of the last `capacity` transitions, on the device."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
-        self.capacity, self.size, self.next = capacity, 0, 0
-        self.obs = torch.empty(capacity, obs_dim, device=device)
-        self.next_obs = torch.empty(capacity, obs_dim, device=device)
-        self.action = torch.empty(capacity, action_dim, device=device)
-        self.reward = torch.empty(capacity, device=device)
-        self.terminated = torch.empty(capacity, device=device)
+        self.capacity, self.added = capacity, 0
+        self.sizes = [obs_dim, obs_dim, action_dim, 1, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
 
     def add(self, obs, next_obs, action, reward, terminated):
         """Arrays with one row per environment; the oldest rows make room."""
-        rows = (self.next + torch.arange(len(reward), device=self.obs.device)) % self.capacity
-        columns = self.obs, self.next_obs, self.action, self.reward, self.terminated
-        for column, values in zip(columns, (obs, next_obs, action, reward, terminated), strict=True):
-            column[rows] = torch.as_tensor(values, dtype=torch.float32, device=column.device)
-        self.next = (self.next + len(reward)) % self.capacity
-        self.size = min(self.size + len(reward), self.capacity)
+        columns = obs, next_obs, action, reward[:, None], terminated[:, None]
+        self.put(torch.cat([torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns], dim=1))
+
+    def put(self, rows):
+        where = torch.arange(self.added, self.added + len(rows), device=rows.device) % self.capacity
+        self.rows[where] = rows
+        self.added += len(rows)
+
+    def restore(self, pieces, first):
+        """Takes the rows first, first + 1, ... from a list of tensors, which is emptied on the way to save memory."""
+        self.added = first
+        while pieces:
+            self.put(pieces.pop(0).to(self.rows.device))
 
     def sample(self, batch_size, generator):
         """Uniform rows with replacement: obs (B, S), next_obs (B, S), action (B, A), reward (B,), terminated (B,)."""
-        rows = torch.randint(self.size, (batch_size,), generator=generator, device=self.obs.device)
-        return self.obs[rows], self.next_obs[rows], self.action[rows], self.reward[rows], self.terminated[rows]
+        size = min(self.added, self.capacity)
+        rows = self.rows[torch.randint(size, (batch_size,), generator=generator, device=self.rows.device)]
+        obs, next_obs, action, reward, terminated = (x.contiguous() for x in rows.split(self.sizes, dim=1))
+        return obs, next_obs, action, reward[:, 0], terminated[:, 0]
 
 
-# -------------------------------------------------------------------------------------------- evaluation, save, load
+# ---------------------------------------------------------------------------------- evaluation, checkpoints, faults
 
 
-def evaluate(policy, critic, args, sampling_dtype, video_folder=None):
+def evaluate(policy, critic, args, sampling_dtype, video_folder=None, stop=()):
     """Returns of eval_episodes episodes, acting by the best of eval_draws draws: as trained (N,), native (N,).
 
-    Environments, seeds and generator are its own, so that training goes on as if it had not been called.
+    Environments, seeds and generator are its own, so that training goes on as if it had not been called. Ends early,
+    with no meaningful result, as soon as there is something in stop.
     """
     device = policy.alpha_sigma.device
     make = [
@@ -370,7 +411,7 @@ def evaluate(policy, critic, args, sampling_dtype, video_folder=None):
     generator = torch.Generator(device).manual_seed(args.seed + 10_000)
     obs, _ = envs.reset(seed=args.seed + 10_000)
     returns, native_returns, running = (np.full(args.eval_episodes, x) for x in (0.0, 0.0, True))
-    while running.any():
+    while running.any() and not stop:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         actions = policy.sample(obs, args.eval_draws, generator, sampling_dtype)  # (N, draws, A)
         with torch.no_grad():
@@ -384,11 +425,14 @@ def evaluate(policy, critic, args, sampling_dtype, video_folder=None):
     return returns, native_returns
 
 
-def plot_learning_curve(run_dir):
-    """runs/<run_name>/learning_curve.png from eval.csv: mean and standard deviation over the episodes."""
-    with open(run_dir / "eval.csv") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    step, mean, std = (np.array([row[name] for row in rows]) for name in ("step", "mean", "std"))
+def write_evaluations(run_dir, evaluations):
+    """runs/<run_name>/eval.csv, one row per evaluation, and learning_curve.png: mean and standard deviation."""
+    with open(run_dir / "unfinished", "w", newline="") as file:
+        table = csv.DictWriter(file, evaluations[0])
+        table.writeheader()
+        table.writerows(evaluations)
+    os.replace(run_dir / "unfinished", run_dir / "eval.csv")
+    step, mean, std = (np.array([row[name] for row in evaluations]) for name in ("step", "mean", "std"))
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(step, mean, marker="o", markersize=3)
     axes.fill_between(step, mean - std, mean + std, alpha=0.2)
@@ -397,18 +441,42 @@ def plot_learning_curve(run_dir):
     plt.close(figure)
 
 
+def write(path, content):
+    """torch.save and a SHA-256 of it, written aside and moved into place: a file of this name is always whole."""
+    data = io.BytesIO()
+    torch.save(content, data)
+    aside = path.with_name("unfinished")
+    with open(aside, "wb") as file:
+        file.write(data.getbuffer())
+        file.write(hashlib.sha256(data.getbuffer()).digest())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read(path, device="cpu"):
+    """What `write` wrote, executing nothing from it. Raises OSError, or ValueError if it holds anything else."""
+    data = path.read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError("it is damaged, its SHA-256 is wrong")
+    try:
+        return torch.load(io.BytesIO(data[:-32]), map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it holds more than tensors, numbers and strings") from None
+
+
 def save(path, args, policy, critic):
     """The trained model with its arguments."""
     networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
-    torch.save({"script": Path(__file__).stem, "args": asdict(args)} | networks, path)
+    write(path, {"script": Path(__file__).stem, "args": asdict(args)} | networks)
 
 
 def load(path, device):
-    """Reads what `save` wrote, executing nothing from it: the run's Args, the policy, the critic."""
+    """Reads what `save` wrote: the run's Args, the policy, the critic."""
     try:
-        model = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise SystemExit(f"--evaluate: {path} is no trained model: {str(error).splitlines()[0]}") from None
+        model = read(path, device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--evaluate: {path} is no trained model: {error}") from None
     if model["script"] != Path(__file__).stem:
         raise SystemExit(f"--evaluate: {path} was trained by {model['script']}.py; evaluate it with that script")
     args = Args(**model["args"])
@@ -421,12 +489,85 @@ def load(path, device):
     return args, policy, critic
 
 
+class Checkpoints:
+    """The last two checkpoints of a run, in one folder: state_STEP each, and the buffer in files that they share."""
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, []  # of the newest one: state_STEP, rows_FIRST_END, rows_FIRST_END, ...
+
+    def save(self, step, state, buffer):
+        """Writes what the buffer gained since the last call, then the state; removes what no checkpoint needs."""
+        self.folder.mkdir(exist_ok=True)
+        oldest = max(0, buffer.added - buffer.capacity)
+        ends = {name: int(name.split("_")[2]) for name in self.files[1:]}
+        first = max([oldest, *ends.values()])
+        files = [f"state_{step}", *(name for name in ends if ends[name] > oldest), f"rows_{first}_{buffer.added}"]
+        where = torch.arange(first, buffer.added, device=buffer.rows.device) % buffer.capacity
+        try:
+            write(self.folder / files[-1], buffer.rows[where].cpu())
+            write(self.folder / files[0], state | {"files": files})
+        except OSError:
+            (self.folder / files[-1]).unlink(missing_ok=True)  # or they would fill what is left of the disk
+            raise
+        for path in self.folder.iterdir():
+            if path.name not in files + self.files:
+                path.unlink()
+        self.files = files
+
+    def load(self):
+        """The newest whole checkpoint: its state, the buffer's rows as a list of tensors, the first row's number."""
+        states = self.folder.glob("state_*")
+        for path in sorted(states, key=lambda path: int(path.name.split("_")[1]), reverse=True):
+            try:
+                state = read(path)
+                rows = [read(self.folder / name) for name in state["files"][1:]]
+            except (OSError, ValueError) as error:
+                print(f"{path} cannot be used: {error}")
+                continue
+            if state["script"] != Path(__file__).stem:
+                raise SystemExit(f"--resume: {path} is of {state['script']}.py; resume it with that script")
+            self.files = state["files"]
+            return state, rows, int(self.files[1].split("_")[1])
+        raise SystemExit(f"--resume: there is no whole checkpoint in {self.folder}")
+
+
+def attempt(path, write_it, *args):
+    """Calls write_it(*args); if the disk is full or read-only, one warning names the path and training goes on."""
+    try:
+        write_it(*args)
+    except OSError as error:
+        error.__traceback__ = None  # TensorBoard raises its first error again and again, each time longer
+        warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=1)
+
+
+def check_finite(step, checkpoints, **quantities):
+    """Raises SystemExit with one line for the first quantity that is not finite."""
+    for name, value in quantities.items():
+        if not torch.as_tensor(value).isfinite().all():
+            last = checkpoints.folder / checkpoints.files[0] if checkpoints.files else "none"
+            raise SystemExit(f"stopped at step {step}: {name} is not finite; last good checkpoint: {last}")
+
+
+def catch_signals():
+    """A list to which the first SIGINT or SIGTERM is added; the second one ends the process at once."""
+    received = []
+
+    def receive(signum, frame):
+        received.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return received
+
+
 def check(args):
     """Raises SystemExit with one line for the first argument that makes no sense."""
     at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
         steps_per_update buffer_size eval_episodes eval_draws log_every"""
     above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip landscape_c"
-    at_least_0 = "epsilon particle_noise policy_lr_end learning_starts eval_every seed"
+    at_least_0 = "checkpoint_every epsilon particle_noise policy_lr_end learning_starts eval_every seed"
     log_k = math.log(max(args.num_particles, 1))
     shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
     rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1.split()]
@@ -464,6 +605,15 @@ def pick_machine(args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.resume or f"runs/{run_name}")
+    checkpoints = Checkpoints(run_dir / "checkpoint")
+    if args.resume:
+        state, buffer_rows, first_row = checkpoints.load()
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))  # flags given now win, but for some:
+        for name in "env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps".split():
+            if getattr(args, name) != state["args"][name]:
+                raise SystemExit(f"--resume: {run_dir} was made with --{name.replace('_', '-')} {state['args'][name]}")
     check(args)
     gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
     if not os.environ.get("DISPLAY"):
@@ -480,24 +630,33 @@ if __name__ == "__main__":
             print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
         raise SystemExit
 
-    make = [lambda: make_env(args.env_id, args.reward_landscape, args.landscape_c)] * args.num_envs
+    make = [lambda: Replayable(make_env(args.env_id, args.reward_landscape, args.landscape_c))] * args.num_envs
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
-    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path("runs") / run_name
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise SystemExit(f"cannot make {run_dir}: {error.strerror}") from None
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    if not args.resume:
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write to {run_dir}: {error.strerror}") from None
     if args.track:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        run = dict(project=args.wandb_project, name=run_name, config=asdict(args), dir=run_dir, mode=mode)
-        wandb.init(**run, sync_tensorboard=True)
+        run = dict(project=args.wandb_project, name=run_dir.name, config=asdict(args), dir=run_dir, mode=mode)
+        wandb.init(**run, id=run_dir.name, resume="allow", sync_tensorboard=True)
+    if args.resume:  # events of after the checkpoint will be written again
+        for path in run_dir.glob("events.*"):
+            os.truncate(path, state["event_files"][path.name]) if path.name in state["event_files"] else path.unlink()
     writer = SummaryWriter(run_dir)
+    atexit.register(attempt, run_dir / "events*", writer.close)
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose error `log` meets again
+
+    def log(scalars):
+        for name, value in scalars.items():
+            attempt(run_dir / "events*", writer.add_scalar, name, value, global_step)
+
     print(f"{run_dir} on {device}, actions drawn in {sampling_dtype}, {'compiled' if args.compile else 'not compiled'}")
 
     torch.manual_seed(args.seed)  # the networks
@@ -513,11 +672,68 @@ if __name__ == "__main__":
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
 
     K, B = args.num_particles, args.batch_size
-    num_updates, episode_return, latest = 0, np.zeros(args.num_envs), {}
-    start = time.time()
-    progress = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True)
+    global_step, num_updates, evaluations, latest = 0, 0, [], {}
+    episode_return, start = np.zeros(args.num_envs), time.time()
     obs, _ = envs.reset(seed=args.seed)
-    for global_step in range(args.num_envs, args.total_timesteps + args.num_envs, args.num_envs):
+    parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
+    parts |= dict(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer)
+    parts |= dict(temperature_optimizer=temperature_optimizer)
+    if args.resume:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log_temperature.data.fill_(state["log_temperature"])
+        generator.set_state(state["generator"])
+        global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
+        episode_return, start = state["episode_return"].numpy(), start - state["seconds"]
+        buffer.restore(buffer_rows, first_row)
+        obs = np.stack([env.replay(*episode) for env, episode in zip(envs.envs, state["episodes"], strict=True)])
+        if not np.array_equal(obs, state["obs"].numpy()):
+            warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
+    checkpoint_at, evaluated_at = global_step, evaluations[-1]["step"] if evaluations else 0
+    stop = catch_signals()
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    while True:
+        last = global_step >= args.total_timesteps
+
+        # Checkpoint, when due, at the end, or asked to stop.
+        due = args.checkpoint_every and global_step // args.checkpoint_every > checkpoint_at // args.checkpoint_every
+        if due or args.checkpoint_every and (last or stop) and global_step > checkpoint_at:
+            check_finite(global_step, checkpoints, policy=parameters_to_vector(policy.parameters()))
+            check_finite(global_step, checkpoints, critic=parameters_to_vector(critic.parameters()))
+            attempt(run_dir / "events*", writer.flush)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(script=Path(__file__).stem, args=asdict(args), global_step=global_step)
+            state |= dict(num_updates=num_updates, evaluations=evaluations, seconds=time.time() - start)
+            state |= dict(episode_return=torch.tensor(episode_return), log_temperature=log_temperature.item())
+            state |= dict(generator=generator.get_state(), obs=torch.tensor(obs))
+            state |= dict(
+                episodes=[(env.first_seed, env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
+            )
+            state |= dict(event_files={path.name: path.stat().st_size for path in run_dir.glob("events.*")})
+            attempt(checkpoints.folder, checkpoints.save, global_step, state, buffer)
+            checkpoint_at = global_step
+        if stop:
+            break
+
+        # Evaluate, when due and at the end.
+        due = args.eval_every and global_step // args.eval_every > evaluated_at // args.eval_every
+        if due or args.eval_every and last and global_step > evaluated_at:
+            video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
+            returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder, stop)
+            if stop:
+                continue
+            evaluated_at, latest["eval"] = global_step, returns.mean()
+            row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
+            row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
+            row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
+            evaluations.append({name: round(float(value), 3) for name, value in row.items()})
+            attempt(run_dir / "eval.csv", write_evaluations, run_dir, evaluations)
+            attempt(run_dir / "model.pt", save, run_dir / "model.pt", args, policy, critic)
+            log({"eval/return": returns.mean(), "eval/native_return": native_returns.mean()})
+        if last:
+            break
+        global_step += args.num_envs
+
         # Act: one draw from the policy, and store; the successor of a finished episode is its own last observation.
         if global_step <= args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
@@ -529,12 +745,13 @@ if __name__ == "__main__":
         successor = next_obs.copy()
         for i in np.flatnonzero(done):
             successor[i] = infos["final_obs"][i]
+        check_finite(global_step, checkpoints, observation=successor, reward=reward)
         buffer.add(obs, successor, action, reward, terminated)
         obs = next_obs
         episode_return += reward
         if done.any():
             latest["train"] = episode_return[done].mean()
-            writer.add_scalar("train/return", latest["train"], global_step)
+            log({"train/return": latest["train"]})
             episode_return[done] = 0
 
         updates_due = global_step // args.steps_per_update - (global_step - args.num_envs) // args.steps_per_update
@@ -559,6 +776,7 @@ if __name__ == "__main__":
             temperature = log_temperature.exp()
             with torch.no_grad():
                 particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
+            check_finite(global_step, checkpoints, critic_loss=critic_loss, q=particle_q)
             weights, nu = reweight(particle_q, temperature.detach(), args.power, args.epsilon)
 
             # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
@@ -579,6 +797,7 @@ if __name__ == "__main__":
             temperature_optimizer.zero_grad()
             temperature_loss.backward()
             temperature_optimizer.step()
+            check_finite(global_step, checkpoints, policy_loss=policy_loss, temperature_loss=temperature_loss)
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
@@ -605,27 +824,14 @@ if __name__ == "__main__":
                 "policy/action_spread": particles.std(1).mean(),
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, global_step)
-        last = global_step >= args.total_timesteps
-        if args.eval_every and (global_step % args.eval_every < args.num_envs or last):
-            video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
-            returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder)
-            latest["eval"] = returns.mean()
-            row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
-            row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
-            row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
-            with open(run_dir / "eval.csv", "a", newline="") as file:
-                table = csv.DictWriter(file, row)
-                if file.tell() == 0:
-                    table.writeheader()
-                table.writerow({name: round(float(value), 3) for name, value in row.items()})
-            writer.add_scalar("eval/return", returns.mean(), global_step)
-            writer.add_scalar("eval/native_return", native_returns.mean(), global_step)
-            plot_learning_curve(run_dir)
-            save(run_dir / "model.pt", args, policy, critic)
+            log(scalars)
         progress.set_postfix({name: f"{value:.0f}" for name, value in latest.items()}, refresh=False)
-    save(run_dir / "model.pt", args, policy, critic)
     progress.close()
     envs.close()
-    writer.close()
+    if stop:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        raise SystemExit(128 + stop[0])
+    try:
+        save(run_dir / "model.pt", args, policy, critic)
+    except OSError as error:
+        raise SystemExit(f"trained, but {run_dir / 'model.pt'} cannot be written: {error.strerror}") from None

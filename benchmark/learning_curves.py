@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmark" / "learning_curves"
 VARIANTS = {  # label, colour (Okabe-Ito), command
-    "exp": ("Exp", "#000000", "simpo_exp.py"),
+    "exp": ("Exp", "#E69F00", "simpo_exp.py"),
     "linear": ("Linear", "#0072B2", "simpo_power.py --power 1"),
     "square": ("Square", "#009E73", "simpo_power.py --power 2"),
     "lin-neg": ("Lin. Neg.", "#D55E00", "simpo_neg.py --power 1 --epsilon 0.5"),
@@ -32,7 +32,17 @@ REDUCED += " --total-timesteps 15000 --learning-starts 2000 --eval-every 2500 --
 GROUPS = {  # picture: (title, flags, variants)
     "halfcheetah": (
         "HalfCheetah-v4, the paper's settings",
-        "--env-id HalfCheetah-v4 --total-timesteps 45000 --eval-every 5000",
+        "--env-id HalfCheetah-v4 --total-timesteps 100000 --eval-every 5000",
+        ["lin-neg"],
+    ),
+    "humanoid": (
+        "Humanoid-v4, the paper's settings",
+        "--env-id Humanoid-v4 --total-timesteps 30000 --eval-every 5000",
+        ["lin-neg"],
+    ),
+    "cheetah-run": (
+        "dm_control/cheetah-run-v0, square landscape, the paper's settings",
+        "--env-id dm_control/cheetah-run-v0 --reward-landscape square --total-timesteps 30000 --eval-every 5000",
         ["lin-neg"],
     ),
     "halfcheetah-reduced": ("HalfCheetah-v4, reduced settings", f"--env-id HalfCheetah-v4 {REDUCED}", list(VARIANTS)),
