@@ -641,7 +641,11 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        try:
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        except wandb.Error as error:
+            print(f"recording for Weights & Biases offline, upload it with wandb sync: {error}")
+            mode = "offline"
         run = dict(project=args.wandb_project, name=run_dir.name, config=asdict(args), dir=run_dir, mode=mode)
         wandb.init(**run, id=run_dir.name, resume="allow", sync_tensorboard=True)
     if args.resume:  # events of after the checkpoint will be written again
@@ -717,7 +721,14 @@ if __name__ == "__main__":
         due = args.eval_every and global_step // args.eval_every > evaluated_at // args.eval_every
         if due or args.eval_every and last and global_step > evaluated_at:
             video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
-            returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder, stop)
+            try:
+                returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder, stop)
+            except Exception as error:
+                if not args.capture_video:
+                    raise
+                warnings.warn(f"going on without videos: {error}", stacklevel=1)
+                args.capture_video = False
+                continue
             if stop:
                 continue
             evaluated_at, latest["eval"] = global_step, returns.mean()

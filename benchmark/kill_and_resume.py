@@ -21,7 +21,8 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-FLAGS = """--env-id HalfCheetah-v4 --total-timesteps 12000 --learning-starts 1000 --checkpoint-every 400 --eval-every 3000
+FLAGS = """--env-id HalfCheetah-v4
+    --total-timesteps 12000 --learning-starts 1000 --checkpoint-every 400 --eval-every 3000
     --eval-episodes 2 --eval-draws 3 --num-particles 8 --target-kl 0.9 --hidden-dim 64 --diffusion-steps 10
     --batch-size 64 --no-compile --log-every 100"""
 

@@ -200,3 +200,22 @@ def test_directory_turns_read_only(tmp_path):
     assert first.count("/checkpoint cannot be written: Read-only file system") == 1, first
     assert "trained, but" in first and "Traceback" not in output
     assert "\n800.0," in second and "model.pt" in second and "cannot be" not in second, second
+
+
+def test_no_video_encoder(run_in, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)  # makes its import fail
+    flags = ["--env-id", "Pendulum-v1", *SMALL, "--total-timesteps", "60", "--eval-every", "30", "--capture-video"]
+    with pytest.warns(UserWarning, match="going on without videos: MoviePy is not installed") as warned:
+        run_dir, code = run_in("run", "simpo_neg", *flags)
+    assert code is None and len((run_dir / "eval.csv").read_text().splitlines()) == 3
+    assert sum("videos" in str(w.message) for w in warned) == 1
+
+
+def test_no_network_for_track(run_in, monkeypatch):
+    """With an account but no server: the run is recorded offline."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = ["--env-id", "Pendulum-v1", *SMALL, "--total-timesteps", "60", "--eval-every", "0", "--track"]
+    run_dir, code = run_in("run", "simpo_neg", *flags)
+    assert code is None and list(run_dir.glob("wandb/offline-run-*/*.wandb"))
