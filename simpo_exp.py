@@ -348,12 +348,6 @@ class ReplayBuffer:
         self.rows[where] = rows
         self.added += len(rows)
 
-    def restore(self, pieces, first):
-        """Takes the rows first, first + 1, ... from a list of tensors, which is emptied on the way to save memory."""
-        self.added = first
-        while pieces:
-            self.put(pieces.pop(0).to(self.rows.device))
-
     def sample(self, batch_size, generator):
         """Uniform rows with replacement: obs (B, S), next_obs (B, S), action (B, A), reward (B,), terminated (B,)."""
         size = min(self.added, self.capacity)
@@ -459,7 +453,10 @@ def load(path, device):
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, in one folder: state_STEP each, and the buffer in files that they share."""
+    """The last two checkpoints of a run, in one folder: state_STEP each, and the buffer in files that they share.
+
+    The buffer's rows are written once, after they came, so that a checkpoint stays small however large the buffer is.
+    """
 
     def __init__(self, folder):
         self.folder, self.files = folder, []  # of the newest one: state_STEP, rows_FIRST_END, rows_FIRST_END, ...
@@ -484,20 +481,27 @@ class Checkpoints:
         self.files = files
 
     def load(self):
-        """The newest whole checkpoint: its state, the buffer's rows as a list of tensors, the first row's number."""
+        """The state of the newest checkpoint of which every file is whole."""
         states = self.folder.glob("state_*")
         for path in sorted(states, key=lambda path: int(path.name.split("_")[1]), reverse=True):
             try:
                 state = read(path)
-                rows = [read(self.folder / name) for name in state["files"][1:]]
+                for name in state["files"][1:]:
+                    read(self.folder / name)
             except (OSError, ValueError) as error:
                 print(f"{path} cannot be used: {error}")
                 continue
             if state["script"] != Path(__file__).stem:
                 raise SystemExit(f"--resume: {path} is of {state['script']}.py; resume it with that script")
             self.files = state["files"]
-            return state, rows, int(self.files[1].split("_")[1])
+            return state
         raise SystemExit(f"--resume: there is no whole checkpoint in {self.folder}")
+
+    def restore(self, buffer):
+        """Fills the buffer with the rows of the checkpoint that was loaded, piece by piece to save memory."""
+        buffer.added = int(self.files[1].split("_")[1])
+        for name in self.files[1:]:
+            buffer.put(read(self.folder / name, buffer.rows.device))
 
 
 def attempt(path, write_it, *args):
@@ -578,7 +582,7 @@ if __name__ == "__main__":
     run_dir = Path(args.resume or f"runs/{run_name}")
     checkpoints = Checkpoints(run_dir / "checkpoint")
     if args.resume:
-        state, buffer_rows, first_row = checkpoints.load()
+        state = checkpoints.load()
         args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))  # flags given now win, but for some:
         for name in "env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps".split():
             if getattr(args, name) != state["args"][name]:
@@ -658,7 +662,7 @@ if __name__ == "__main__":
         generator.set_state(state["generator"])
         global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
         episode_return, start = state["episode_return"].numpy(), start - state["seconds"]
-        buffer.restore(buffer_rows, first_row)
+        checkpoints.restore(buffer)
         obs = np.stack([env.replay(*episode) for env, episode in zip(envs.envs, state["episodes"], strict=True)])
         if not np.array_equal(obs, state["obs"].numpy()):
             warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
@@ -674,15 +678,13 @@ if __name__ == "__main__":
             check_finite(global_step, checkpoints, policy=parameters_to_vector(policy.parameters()))
             check_finite(global_step, checkpoints, critic=parameters_to_vector(critic.parameters()))
             attempt(run_dir / "events*", writer.flush)
+            episodes = [(env.first_seed, env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
+            sizes = {path.name: path.stat().st_size for path in run_dir.glob("events.*")}
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(script=Path(__file__).stem, args=asdict(args), global_step=global_step)
-            state |= dict(num_updates=num_updates, evaluations=evaluations, seconds=time.time() - start)
-            state |= dict(episode_return=torch.tensor(episode_return), log_temperature=log_temperature.item())
-            state |= dict(generator=generator.get_state(), obs=torch.tensor(obs))
-            state |= dict(
-                episodes=[(env.first_seed, env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
-            )
-            state |= dict(event_files={path.name: path.stat().st_size for path in run_dir.glob("events.*")})
+            state |= dict(script=Path(__file__).stem, args=asdict(args), seconds=time.time() - start)
+            state |= dict(global_step=global_step, num_updates=num_updates, evaluations=evaluations)
+            state |= dict(log_temperature=log_temperature.item(), generator=generator.get_state(), event_files=sizes)
+            state |= dict(episodes=episodes, episode_return=torch.tensor(episode_return), obs=torch.tensor(obs))
             attempt(checkpoints.folder, checkpoints.save, global_step, state, buffer)
             checkpoint_at = global_step
         if stop:
@@ -809,7 +811,7 @@ if __name__ == "__main__":
     progress.close()
     envs.close()
     if stop:
-        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        print(f"stopped at step {global_step}" + f"; go on with --resume {run_dir}" * bool(checkpoints.files))
         raise SystemExit(128 + stop[0])
     try:
         save(run_dir / "model.pt", args, policy, critic)

@@ -60,11 +60,12 @@ RUNS = {
 
 
 def run(name):
-    """Trains in runs/learning_curves/NAME and keeps its eval.csv, seed 1."""
+    """Trains in runs/learning_curves/NAME, going on where a stopped run was, and keeps its eval.csv; seed 1."""
     folder = ROOT / "runs" / "learning_curves" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     script, *flags = RUNS[name].split()
+    for checkpoint in folder.glob("runs/*/checkpoint"):
+        flags = ["--resume", checkpoint.parent]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, check=True, env=environment)
     (result,) = folder.glob("runs/*/eval.csv")
