@@ -24,8 +24,10 @@ and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). What
 
 import copy
 import csv
+import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -103,9 +105,9 @@ class Args:
     # reward oracles
     oracle_width: int = 64
     """channels of the oracles that are trained here"""
-    oracle_epochs: int = 10
+    oracle_epochs: int = 20
     """passes over the oracle's part of the data"""
-    oracle_lr: float = 1e-3
+    oracle_lr: float = 2e-3
     """learning rate of the oracles, falling to a tenth along a cosine"""
 
     # SiMPO: the same for every method; the paper's source has K = 512, 500 rounds of 1 update, lr 1e-4
@@ -119,7 +121,7 @@ class Args:
     """delta: KL of the weights from uniform, in nats; lambda is what reaches it, the fixed point of (30)"""
     temperature: float = 0.0
     """lambda in standard deviations of the K rewards; 0: chosen by --target-kl"""
-    rounds: int = 40
+    rounds: int = 25
     """improvements; each draws K sequences"""
     updates: int = 4
     """Adam steps per round, on the same sequences with new masks"""
@@ -137,7 +139,7 @@ class Args:
     # evaluation and output
     eval_samples: int = 640
     """sequences drawn from each tuned model"""
-    eval_elbo_draws: int = 32
+    eval_elbo_draws: int = 16
     """masked copies per sequence for its log-likelihood under the pretrained model"""
     top_share: float = 0.01
     """share of the data, the most active, that 3-mers are compared with; the paper has 0.001 of 735,156"""
@@ -367,7 +369,7 @@ def sample(denoiser, count, length, steps, generator, batch=64):
 
 
 def pretrain(x, args, device, writer):
-    """The denoiser's averaged weights after pretraining on x (N, L)."""
+    """Pretrains on x (N, L); returns what a stage keeps: the denoiser's averaged weights."""
     torch.manual_seed(args.seed)
     denoiser = Denoiser(args.width, args.stacks).to(device)
     average = copy.deepcopy(denoiser).requires_grad_(False)
@@ -392,7 +394,7 @@ def pretrain(x, args, device, writer):
         if step % 20 == 0:
             writer.add_scalar("pretraining/nats_per_base", loss, step)
             progress.set_postfix(nats_per_base=f"{loss:.3f}", refresh=False)
-    return average
+    return dict(kind="denoiser", state=average.state_dict())
 
 
 def cosine(share):
@@ -422,7 +424,7 @@ class Oracle(nn.Module):
 
 
 def train_oracle(name, x, y, args, device, writer, binary=False):
-    """An oracle trained on x (N, L), y (N,) by squared error, or by cross-entropy if y is 0 or 1."""
+    """Trains an oracle on x (N, L), y (N,) by squared error, or by cross-entropy if y is 0 or 1; returns its file."""
     torch.manual_seed(args.seed)
     oracle = Oracle(args.oracle_width, x.shape[1]).to(device)
     if not binary:
@@ -443,7 +445,7 @@ def train_oracle(name, x, y, args, device, writer, binary=False):
         if step % 20 == 0:
             writer.add_scalar(f"{name}/loss", loss, step)
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    return oracle.eval().requires_grad_(False)
+    return dict(kind="oracle", length=x.shape[1], state=oracle.state_dict())
 
 
 @torch.no_grad()
@@ -543,7 +545,7 @@ def solve_temperature(method, q, args):
 def finetune(
     pretrained, reward, method, length, args, seed, sampling_dtype=torch.float32, log=lambda round, values: None
 ):
-    """The pretrained denoiser tuned by one method; reward maps x (B, L) to (B,). Returns it and its lowest loss."""
+    """The pretrained denoiser tuned by one method; reward maps x (B, L) to (B,). Returns its file."""
     device = next(pretrained.parameters()).device
     denoiser = copy.deepcopy(pretrained).requires_grad_(True)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.lr)
@@ -578,7 +580,7 @@ def finetune(
         negative = weights.clamp(max=0).abs().mean()
         values = dict(loss=loss, reward=q.median(), temperature=temperature, negative_mass=negative, distinct=distinct)
         log(round, values)
-    return denoiser.requires_grad_(False), lowest
+    return dict(kind="denoiser", state=denoiser.state_dict(), lowest_loss=lowest)
 
 
 # ----------------------------------------------------------------------------------------- evaluation and its report
@@ -601,18 +603,25 @@ def diversity(x):
     return float(1 - same.mean()), len(x.unique(dim=0)) / n
 
 
-def evaluate(x, pretrained, reward_oracle, eval_oracle, accessibility, top, simulated, args):
-    """One row of the table for the sequences x (N, L)."""
+def evaluate(denoiser, models, top, simulated, args, seed, sampling_dtype):
+    """Sequences x (N, L) drawn from the denoiser and their row of the table."""
+    generator = torch.Generator(top.device).manual_seed(10_000 + seed)
+    sampler = copy.deepcopy(denoiser).to(sampling_dtype)
+    x = sample(sampler, args.eval_samples, top.shape[1], args.sampling_steps, generator)
+    opened = math.nan
+    if "accessibility" in models:  # ours puts out logits, gReLU's probabilities
+        threshold = 0 if isinstance(models["accessibility"], Oracle) else 0.5
+        opened = (predict(models["accessibility"], x) > threshold).float().mean()
     row = dict(
-        pred_activity=predict(eval_oracle, x).median(),
-        reward_oracle=predict(reward_oracle, x).median(),
+        pred_activity=predict(models["eval_oracle"], x).median(),
+        reward_oracle=predict(models["reward_oracle"], x).median(),
         true_activity=true_activity(x).median() if simulated else math.nan,
         kmer_correlation=correlation(kmers(x), kmers(top)),
-        log_likelihood=log_likelihood(pretrained, x, args.eval_elbo_draws, args.seed).median(),
-        accessible=(predict(accessibility, x) > 0.5).float().mean() if accessibility else math.nan,
+        log_likelihood=log_likelihood(models["pretrained"], x, args.eval_elbo_draws, args.seed).median(),
+        accessible=opened,
     )
     row["distance"], row["distinct"] = diversity(x)
-    return {name: float(value) for name, value in row.items()}
+    return dict(x=x, row={name: float(value) for name, value in row.items()})
 
 
 def markov_nats(train, test, order=5):
@@ -863,6 +872,10 @@ def load_oracle(flag, path, length, output, device):
     return lambda x: model(F.one_hot(x, 4).float().transpose(1, 2)).flatten(1)[:, output]
 
 
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def check_finite(where, **quantities):
     """Raises SystemExit with one line for the first quantity that is not finite."""
     for name, value in quantities.items():
@@ -927,27 +940,24 @@ if __name__ == "__main__":
         activity, position = values[:, 0], values[:, 1] if args.split_column else None
         if len(tokens) < 100:
             raise SystemExit(f"--data {args.data}: {len(tokens)} rows; at least 100 are needed")
-        digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
-        data_key = ["file", digest, args.target, args.split_column, args.seed]
+        data_key = ["file", sha256(args.data), args.target, args.split_column, args.seed]
     length = tokens.shape[1]
     rewarding, judging, held_out = (torch.from_numpy(r).to(device) for r in split(len(tokens), position, args.seed))
     x, y = torch.from_numpy(tokens.copy()).to(device), torch.from_numpy(activity.copy()).to(device)  # (N, L), (N,)
     top = x[y.topk(max(2, round(args.top_share * len(y)))).indices]
-    given = {}
+    train = x[torch.cat([rewarding, judging])]
+    models, tables = {}, dict(reward_oracle=(x[rewarding], y[rewarding]), eval_oracle=(x[judging], y[judging]))
     if args.pretrained:
-        given["pretrained"] = load_denoiser(args.pretrained, device)
-    for name, output in (("reward_oracle", args.oracle_output), ("eval_oracle", args.oracle_output)):
-        if getattr(args, name):
-            flag = f"--{name.replace('_', '-')}"
-            given[name] = load_oracle(flag, getattr(args, name), length, output, device)
-    table_given = args.accessibility.endswith((".csv", ".csv.gz"))
-    if table_given:
+        models["pretrained"] = load_denoiser(args.pretrained, device)
+    if args.accessibility.endswith((".csv", ".csv.gz")):
         open_x, open_y = read_table(args.accessibility, [args.accessibility_column], "--accessibility")
         if open_x.shape[1] != length:
             raise SystemExit(f"--accessibility {args.accessibility}: {open_x.shape[1]} bases, the data has {length}")
-    elif args.accessibility:
-        accessibility_args = ("--accessibility", args.accessibility, length, args.accessibility_output, device)
-        given["accessibility"] = load_oracle(*accessibility_args)
+        tables["accessibility"] = torch.from_numpy(open_x.copy()).to(device), torch.tensor(open_y[:, 0], device=device)
+    outputs = dict(reward_oracle=args.oracle_output, eval_oracle=args.oracle_output)
+    for name, output in (outputs | dict(accessibility=args.accessibility_output)).items():
+        if getattr(args, name) and (name in outputs or name not in tables):
+            models[name] = load_oracle(f"--{name.replace('_', '-')}", getattr(args, name), length, output, device)
 
     run_name = f"{Path(args.data).name.split('.')[0] or 'simulated'}__dna_finetune__{args.seed}"
     run_dir = Path("runs") / f"{run_name}__{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -966,122 +976,84 @@ if __name__ == "__main__":
     print(f"{run_dir} on {device}, sequences drawn in {sampling_dtype}: {len(x)} of {length} bases")
 
     # Stages that all methods and seeds share: the pretrained model on all but the held-out data, and the oracles.
-    def settings(*names):
-        return {name: getattr(args, name) for name in names}
+    def settings(names):
+        return {name: getattr(args, name) for name in names.split()}
 
-    def file_key(name):
-        return hashlib.sha256(Path(getattr(args, name)).read_bytes()).hexdigest()
-
-    reports, keys = {}, {}
-    train = x[torch.cat([rewarding, judging])]
-    pretrain_settings = settings(*"width stacks pretrain_steps pretrain_batch pretrain_lr ema seed".split())
-    if "pretrained" in given:
-        pretrained, keys["pretrained"] = given["pretrained"], file_key("pretrained")
-    else:
-
-        def make():
-            return dict(kind="denoiser", state=pretrain(train, args, device, writer).state_dict())
-
-        content, keys["pretrained"] = stage("pretrained", [data_key, pretrain_settings], make, device)
-        pretrained = Denoiser(args.width, args.stacks).to(device).requires_grad_(False)
-        pretrained.load_state_dict(content["state"])
-    quality_settings = settings("sampling_steps", "eval_samples", "eval_elbo_draws", "seed") | {
-        "dtype": str(sampling_dtype)
-    }
-
-    def make():
-        return report_pretrained(pretrained, train, x[held_out], args, sampling_dtype)
-
-    reports["pretrained"], _ = stage(
-        "pretrained-report", [keys["pretrained"], data_key, quality_settings], make, device
-    )
-    oracles, oracle_settings = {}, settings("oracle_width", "oracle_epochs", "oracle_lr", "seed")
-    tables = dict(reward_oracle=(x[rewarding], y[rewarding], False), eval_oracle=(x[judging], y[judging], False))
-    if table_given:
-        open_x, open_y = torch.from_numpy(open_x.copy()).to(device), torch.from_numpy(open_y[:, 0].copy()).to(device)
-        tables["accessibility"] = (open_x, open_y, True)
-    for name, (oracle_x, oracle_y, binary) in tables.items():
-        if name in given:
-            oracles[name], keys[name] = given[name], file_key(name)
-        else:
-
-            def make(name=name, data=(oracle_x, oracle_y), binary=binary):
-                oracle = train_oracle(name, *data, args, device, writer, binary)
-                return dict(kind="oracle", length=length, state=oracle.state_dict())
-
-            source = [file_key(name), args.accessibility_column] if name == "accessibility" else data_key
-            content, keys[name] = stage(name, [source, oracle_settings], make, device)
-            oracles[name] = Oracle(args.oracle_width, length).to(device).eval().requires_grad_(False)
-            oracles[name].load_state_dict(content["state"])
-        if not binary:
-            reports[name] = report_oracle(oracles[name], x[held_out], y[held_out], simulated)
-    if "accessibility" in given:
-        oracles["accessibility"], keys["accessibility"] = given["accessibility"], file_key("accessibility")
-    for name, report in reports.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in report.items()))
-    (run_dir / "quality.json").write_text(json.dumps(reports, indent=2) + "\n")
+    keys = {name: sha256(getattr(args, name)) for name in models}
+    if "pretrained" not in models:
+        made_of = [data_key, settings("width stacks pretrain_steps pretrain_batch pretrain_lr ema seed")]
+        state, keys["pretrained"] = stage("pretrained", made_of, lambda: pretrain(train, args, device, writer), device)
+        models["pretrained"] = Denoiser(args.width, args.stacks).to(device).requires_grad_(False)
+        models["pretrained"].load_state_dict(state["state"])
+    for name, (oracle_x, oracle_y) in tables.items():
+        if name not in models:
+            binary = name == "accessibility"
+            source = [sha256(args.accessibility), args.accessibility_column] if binary else data_key
+            made_of = [source, settings("oracle_width oracle_epochs oracle_lr seed")]
+            fit = functools.partial(train_oracle, name, oracle_x, oracle_y, args, device, writer, binary)
+            state, keys[name] = stage(name, made_of, fit, device)
+            models[name] = Oracle(args.oracle_width, length).to(device).eval().requires_grad_(False)
+            models[name].load_state_dict(state["state"])
+    pretrained, reward_oracle = models["pretrained"], functools.partial(predict, models["reward_oracle"])
+    measured_by = settings("sampling_steps eval_samples eval_elbo_draws seed") | {"dtype": str(sampling_dtype)}
+    report = functools.partial(report_pretrained, pretrained, train, x[held_out], args, sampling_dtype)
+    quality = {"pretrained": stage("pretrained-report", [keys["pretrained"], data_key, measured_by], report, device)[0]}
+    for name in ("reward_oracle", "eval_oracle"):
+        quality[name] = report_oracle(models[name], x[held_out], y[held_out], simulated)
+    for name, values in quality.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+    (run_dir / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
 
     # Fine-tuning and evaluation of every method with every seed.
-    tune_settings = settings(*"num_particles target_kl temperature rounds updates elbo_draws lr grad_norm".split())
-    tune_settings |= settings("kl_weight", "samples_from", "sampling_steps") | {"dtype": str(sampling_dtype)}
+    tuned_by = settings("num_particles target_kl temperature rounds updates elbo_draws lr grad_norm")
+    tuned_by |= settings("kl_weight samples_from sampling_steps") | {"dtype": str(sampling_dtype)}
     random_x = torch.randint(4, (200, length), generator=torch.Generator().manual_seed(args.seed)).to(device)
     random_likelihood = float(log_likelihood(pretrained, random_x, args.eval_elbo_draws, args.seed).median())
-    rows = []
-    total = len(args.methods) * args.seeds * args.rounds
+    rows, total = [], args.rounds * len(args.methods) * args.seeds
     progress = tqdm(total=total, desc="fine-tuning", unit="round", dynamic_ncols=True)
-    for seed in range(args.seed, args.seed + args.seeds):
-        for method in ("pretrained", *args.methods):
-            tag = f"{method}-seed{seed}"
-            denoiser, lowest, key = pretrained, math.inf, keys["pretrained"]
-            if method != "pretrained":
+    for seed, method in itertools.product(range(args.seed, args.seed + args.seeds), ("pretrained", *args.methods)):
+        tag, denoiser, key, lowest = f"{method}-seed{seed}", copy.deepcopy(pretrained), keys["pretrained"], math.inf
+        if method != "pretrained":
 
-                def log(round, values, tag=tag):
-                    for name, value in values.items():
-                        writer.add_scalar(f"{tag}/{name}", value, round)
-                    progress.update()
-                    progress.set_postfix_str(f"{tag} reward {values['reward']:.2f}", refresh=False)
+            def log(round, values, tag=tag):
+                for name, value in values.items():
+                    writer.add_scalar(f"{tag}/{name}", value, round)
+                progress.update()
+                progress.set_postfix_str(f"{tag} reward {values['reward']:.2f}", refresh=False)
 
-                def make(method=method, seed=seed, log=log):
-                    def reward(x):
-                        return predict(oracles["reward_oracle"], x)
-
-                    tuned = finetune(pretrained, reward, method, length, args, seed, sampling_dtype, log)
-                    return dict(kind="denoiser", state=tuned[0].state_dict(), lowest_loss=tuned[1])
-
-                own = [method, seed, args.epsilon if method.endswith("neg") else 0]
-                upstream = [keys["pretrained"], keys["reward_oracle"], args.oracle_output]
-                before = progress.n
-                content, key = stage("tuned", [*own, upstream, tune_settings], make, device)
-                progress.update(args.rounds - (progress.n - before))
-                denoiser = copy.deepcopy(pretrained)
-                denoiser.load_state_dict(content["state"])
-                lowest = content["lowest_loss"]
-
-            def make(denoiser=denoiser, seed=seed):
-                generator = torch.Generator(device).manual_seed(10_000 + seed)
-                sampler = copy.deepcopy(denoiser).to(sampling_dtype)
-                drawn = sample(sampler, args.eval_samples, length, args.sampling_steps, generator)
-                judges = (oracles["reward_oracle"], oracles["eval_oracle"], oracles.get("accessibility"))
-                return dict(x=drawn, row=evaluate(drawn, pretrained, *judges, top, simulated, args))
-
-            upstream = [key, keys, data_key, seed, args.oracle_output, args.accessibility_output, args.top_share]
-            content, _ = stage("evaluated", [*upstream, quality_settings], make, device)
-            row = dict(method=method, seed=seed) | content["row"] | dict(lowest_loss=lowest)
-            rows.append(row)
-            for name in COLUMNS:
-                writer.add_scalar(f"evaluation/{method}/{name}", row[name], seed)
-            with open(run_dir / f"{tag}.fasta", "w") as file:
-                for i, sequence in enumerate(content["x"].tolist()):
-                    file.write(f">{tag}-{i + 1}\n{text(sequence)}\n")
-            if row["log_likelihood"] < random_likelihood:
-                note = f"its sequences are less likely under the pretrained model ({row['log_likelihood']:.0f} nats)"
-                progress.write(f"warning: {tag} has collapsed: {note} than random ones ({random_likelihood:.0f})")
-            if lowest < 0 and method != "wd1":
-                progress.write(
-                    f"warning: the loss of {tag} went below 0 ({lowest:.2f}): it is unbounded below (case II)"
-                )
-            if row["distinct"] < 0.5:
-                progress.write(f"warning: {tag} repeats itself: {row['distinct']:.0%} of its sequences are distinct")
+            upstream, before = [keys["pretrained"], keys["reward_oracle"], args.oracle_output], progress.n
+            made_of = [method, seed, args.epsilon if method.endswith("neg") else 0, upstream, tuned_by]
+            rest = (length, args, seed, sampling_dtype, log)
+            tune = functools.partial(finetune, pretrained, reward_oracle, method, *rest)
+            state, key = stage("tuned", made_of, tune, device)
+            progress.update(args.rounds - (progress.n - before))  # all of them, if they were there
+            denoiser.load_state_dict(state["state"])
+            lowest = state["lowest_loss"]
+        made_of = [
+            key,
+            keys,
+            data_key,
+            seed,
+            args.oracle_output,
+            args.accessibility_output,
+            args.top_share,
+            measured_by,
+        ]
+        draw = functools.partial(evaluate, denoiser, models, top, simulated, args, seed, sampling_dtype)
+        result, _ = stage("evaluated", made_of, draw, device)
+        row = dict(method=method, seed=seed) | result["row"] | dict(lowest_loss=lowest)
+        rows.append(row)
+        for name in COLUMNS:
+            writer.add_scalar(f"evaluation/{method}/{name}", row[name], seed)
+        fasta = (f">{tag}-{i + 1}\n{text(sequence)}\n" for i, sequence in enumerate(result["x"].tolist()))
+        (run_dir / f"{tag}.fasta").write_text("".join(fasta))
+        if row["log_likelihood"] < random_likelihood:
+            note = f"less likely under the pretrained model than random ones ({random_likelihood:.0f} nats)"
+            progress.write(f"warning: {tag} has collapsed, its sequences are {note}")
+        if lowest < 0 and method != "wd1":
+            progress.write(f"warning: the loss of {tag} fell to {lowest:.2f}: below 0 it has no bound (case II)")
+        if row["distinct"] < 0.5:
+            progress.write(f"warning: {tag} repeats itself: {row['distinct']:.0%} of its sequences are distinct")
     progress.close()
     print("\n" + summarise(rows, run_dir))
     files = "table.txt, table.csv, rows.csv, score_likelihood.png, quality.json, *.fasta"

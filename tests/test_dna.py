@@ -163,7 +163,8 @@ def test_pretraining_learns_a_distribution(tmp_path, monkeypatch):
     p = random_law(5, 2.0)
     x = ALL[torch.multinomial(p, 4000, replacement=True, generator=torch.Generator().manual_seed(1))]
     args = dna.Args(width=24, pretrain_steps=400, pretrain_batch=128, pretrain_lr=1e-2, ema=0.98)
-    denoiser = dna.pretrain(x.byte(), args, torch.device("cpu"), dna.SummaryWriter(tmp_path))
+    denoiser = dna.Denoiser(24, 1).requires_grad_(False)
+    denoiser.load_state_dict(dna.pretrain(x.byte(), args, torch.device("cpu"), dna.SummaryWriter(tmp_path))["state"])
     assert total_variation(law(denoiser, 1), law(Table(p), 1)) < 0.1
     assert total_variation(exact_elbo(denoiser).exp(), p) < 0.2 < total_variation(law(Table(p), 1), p)
 
@@ -177,8 +178,9 @@ def tune(method, p, reward, **settings):
     )
     args = dna.Args(**vars(args) | dict(samples_from="pretrained") | settings)
     table = Table(p).requires_grad_(False)
-    tuned, lowest = dna.finetune(table, lambda x: reward[(x * torch.tensor([16, 4, 1])).sum(-1)], method, 3, args, 1)
-    return table, tuned, lowest
+    made = dna.finetune(table, lambda x: reward[(x * torch.tensor([16, 4, 1])).sum(-1)], method, 3, args, 1)
+    table.load_state_dict(made["state"])
+    return table, made["lowest_loss"]
 
 
 def closed_form(method, p, reward, temperature=0.7):
@@ -193,7 +195,7 @@ def closed_form(method, p, reward, temperature=0.7):
 def test_tuned_optimum_is_the_reweighted_distribution(method):
     p, reward = random_law(6), torch.randn(64, generator=torch.Generator().manual_seed(7))
     target = closed_form(method, p, reward)
-    _, tuned, lowest = tune(method, p, reward)
+    tuned, lowest = tune(method, p, reward)
     fitted = exact_elbo(tuned).exp()
     assert total_variation(fitted / fitted.sum(), target) < 0.08
     assert total_variation(p, target) > 0.25 and lowest > 0  # an unweighted fit would stay at p
@@ -206,7 +208,7 @@ def test_on_policy_rounds_repeat_the_reweighting_and_a_kl_term_holds_back():
     p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
     mean = {}
     for name, settings in dict(once={}, again=dict(samples_from="tuned"), held=dict(kl_weight=5.0)).items():
-        _, tuned, _ = tune("linear", p, reward, rounds=40, num_particles=128, **settings)
+        tuned, _ = tune("linear", p, reward, rounds=40, num_particles=128, **settings)
         fitted = law(tuned, 3)
         mean[name] = (fitted * reward).sum().item()
     start = (p * reward).sum().item()
@@ -217,8 +219,8 @@ def test_on_policy_rounds_repeat_the_reweighting_and_a_kl_term_holds_back():
 def test_negative_weights_push_below_what_positive_ones_reach():
     p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
     worst = reward.argsort()[:20]
-    _, linear, _ = tune("linear", p, reward, rounds=30, num_particles=128, temperature=3.0)
-    _, negative, lowest = tune("lin-neg", p, reward, rounds=30, num_particles=128, temperature=0.7)
+    linear, _ = tune("linear", p, reward, rounds=30, num_particles=128, temperature=3.0)
+    negative, _ = tune("lin-neg", p, reward, rounds=30, num_particles=128, temperature=0.7)
     assert law(negative, 3)[worst].sum() < 0.7 * law(linear, 3)[worst].sum()
 
 
@@ -423,13 +425,11 @@ def test_unreadable_files_get_one_line(run_script, tmp_path):
     refuses(run_script, "is for 20 bases, the data has 60", "--reward-oracle", tmp_path / "oracle.pt")
 
 
-def test_help_and_a_wrong_flag_in_a_shell(tmp_path):
+def test_help_names_every_flag(tmp_path):
     result = shell("dna_finetune", "--help", cwd=tmp_path)
     assert result.returncode == 0 and "delta" in result.stdout and "lambda" in result.stdout
     for field in fields(dna.Args):
         assert f"--{field.name.replace('_', '-')}" in result.stdout, field.name
-    result = shell("dna_finetune", "--epsilon", "-1", cwd=tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
 def test_inline_metadata_equals_requirements():
@@ -637,4 +637,4 @@ def test_loss_that_is_not_finite_stops_with_one_line(run_dna):
 
 def test_user_is_told_of_an_unbounded_loss(run_dna):
     _, out = run_dna(*"--methods lin-neg --epsilon 30 --rounds 12 --updates 8 --lr 0.1".split())
-    assert "warning: the loss of lin-neg-seed1 went below 0" in out
+    assert "warning: the loss of lin-neg-seed1 fell to" in out
