@@ -283,6 +283,14 @@ def test_simulated_activity_knows_sites_places_strands_synergy_and_repression():
     )  # saturation
 
 
+def test_sites_are_bound_on_both_strands():
+    x = torch.zeros(3, 60).long()  # AAA...
+    for row, word in enumerate(("TGTTTACTTA", "TAAGTAAACA", "ATTCATTTGT")):  # FOXA2, on the other strand, backwards
+        x[row, 13:23] = torch.tensor([dna.LETTERS.index(letter) for letter in word])
+    forward, other, backwards = dna.occupancy(x)[:, list(dna.FACTORS).index("FOXA2")]
+    assert forward > other > 0.5 > 0.3 > backwards
+
+
 def test_simulated_data_is_reproducible_and_has_sites():
     x, y = dna.simulate(400, 40, 3)
     again, _ = dna.simulate(400, 40, 3)
