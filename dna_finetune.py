@@ -260,9 +260,8 @@ def read_table(path, columns, flag="--data"):
     except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
         raise SystemExit(f"{flag} {path}: cannot read it: {error}") from None
     if not tokens:
-        raise SystemExit(
-            f"{flag} {path}: no row is left; {f'the first malformed: {first_bad}' if bad else 'it is empty'}"
-        )
+        reason = f"the first malformed: {first_bad}" if bad else "it is empty"
+        raise SystemExit(f"{flag} {path}: no row is left; {reason}")
     if bad:
         print(f"{path}: {bad} malformed rows left out, the first at {first_bad}")
     return np.frombuffer(tokens, np.uint8).reshape(-1, length), np.array(values, np.float32).reshape(-1, len(columns))
@@ -542,9 +541,7 @@ def solve_temperature(method, q, args):
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 
-def finetune(
-    pretrained, reward, method, length, args, seed, sampling_dtype=torch.float32, log=lambda round, values: None
-):
+def finetune(pretrained, reward, method, length, args, seed, sampling_dtype=torch.float32, log=lambda *_: None):
     """The pretrained denoiser tuned by one method; reward maps x (B, L) to (B,). Returns its file."""
     device = next(pretrained.parameters()).device
     denoiser = copy.deepcopy(pretrained).requires_grad_(True)
@@ -693,9 +690,8 @@ def interval(values):
     return float(np.mean(values)), float(width)
 
 
-COLUMNS = (
-    "pred_activity reward_oracle true_activity kmer_correlation log_likelihood distance distinct accessible".split()
-)
+COLUMNS = "pred_activity reward_oracle true_activity kmer_correlation log_likelihood distance distinct accessible"
+COLUMNS = COLUMNS.split()
 HEADERS = "Pred-Activity,rewarding,true,3-mer corr.,log-lik. (ELBO),distance,distinct,accessible".split(",")
 
 
@@ -713,13 +709,10 @@ def summarise(rows, run_dir):
         entry, line = dict(method=method, seeds=len(mine)), [LABELS.get(method, method)]
         for i in columns:
             values = np.array([row[COLUMNS[i]] for row in mine])
-            entry[COLUMNS[i]], entry[COLUMNS[i] + "_std"] = (
-                values.mean(),
-                values.std(ddof=1) if len(mine) > 1 else math.nan,
-            )
-            digits = 1 if COLUMNS[i] == "log_likelihood" else 3 if COLUMNS[i] in ("distance", "distinct") else 2
-            spread = f" +- {entry[COLUMNS[i] + '_std']:.{digits}f}" if len(mine) > 1 else ""
-            line.append(f"{values.mean():.{digits}f}{spread}")
+            mean, std = values.mean(), values.std(ddof=1) if len(mine) > 1 else math.nan
+            entry |= {COLUMNS[i]: mean, COLUMNS[i] + "_std": std}
+            digits = dict(log_likelihood=1, distance=3, distinct=3).get(COLUMNS[i], 2)
+            line.append(f"{mean:.{digits}f}" + (f" +- {std:.{digits}f}" if len(mine) > 1 else ""))
         entry["improvement_percent"] = 100 * (scores[method].mean() - scores[best].mean()) / abs(scores[best].mean())
         lines.append([*line, f"{entry['improvement_percent']:+.1f}%"])
         table.append(entry)
@@ -729,10 +722,8 @@ def summarise(rows, run_dir):
     ordered = [m for m in METHODS if m in methods]
     for low, high in zip(ordered, ordered[1:], strict=False):
         mean, width = interval(scores[high] - scores[low])
-        out.append(
-            f"{high} - {low}: {mean:+.2f}"
-            + (f", 95% interval [{mean - width:+.2f}, {mean + width:+.2f}]" if width == width else "")
-        )
+        bounds = f", 95% interval [{mean - width:+.2f}, {mean + width:+.2f}]" if len(scores[low]) > 1 else ""
+        out.append(f"{high} - {low}: {mean:+.2f}{bounds}")
     (run_dir / "table.txt").write_text("\n".join(out) + "\n")
     write_csv(run_dir / "table.csv", table)
     write_csv(run_dir / "rows.csv", rows)
@@ -740,9 +731,7 @@ def summarise(rows, run_dir):
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     for method in methods:
         likelihood = [row["log_likelihood"] for row in rows if row["method"] == method]
-        axes.plot(
-            likelihood, scores[method], "o", markersize=6, color=COLOURS[method], label=LABELS.get(method, method)
-        )
+        axes.plot(likelihood, scores[method], "o", color=COLOURS[method], label=LABELS.get(method, method))
         place = (np.mean(likelihood), scores[method].mean())
         axes.annotate(method, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set(xlabel="log-likelihood under the pretrained model (ELBO, nats)", ylabel="Pred-Activity")
@@ -813,9 +802,8 @@ def load_denoiser(path, device):
         denoiser = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5).to(device)
         denoiser.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise SystemExit(
-            f"--pretrained {path}: not a denoiser of the known forms: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"--pretrained {path}: not a denoiser of the known forms: {reason}") from None
     return denoiser.requires_grad_(False)
 
 
@@ -859,9 +847,7 @@ def load_oracle(flag, path, length, output, device):
     try:
         from grelu.lightning import LightningModel
     except ImportError:
-        raise SystemExit(
-            f"{flag} {path}: a gReLU checkpoint; reading it takes the extra gReLU: pip install gReLU"
-        ) from None
+        raise SystemExit(f"{flag} {path}: a gReLU checkpoint needs the extra gReLU: pip install gReLU") from None
     settings = content["hyper_parameters"]
     model_params = dict(settings["model_params"])
     if model_params["model_type"] == "EnformerPretrainedModel":  # would download weights; the file brings them
@@ -880,9 +866,8 @@ def check_finite(where, **quantities):
     """Raises SystemExit with one line for the first quantity that is not finite."""
     for name, value in quantities.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise SystemExit(
-                f"stopped at {where}: {name} is not finite; a smaller --epsilon, --lr or --grad-norm may help"
-            )
+            advice = "a smaller --epsilon, --lr or --grad-norm may help"
+            raise SystemExit(f"stopped at {where}: {name} is not finite; {advice}")
 
 
 def check(args):
@@ -913,9 +898,8 @@ def check(args):
 def pick_machine(args):
     """The device, and the precision in which sequences are drawn."""
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
+        fastest = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(fastest if args.device == "auto" else args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
