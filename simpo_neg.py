@@ -571,7 +571,7 @@ def check(args):
     at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
         steps_per_update buffer_size eval_episodes eval_draws log_every"""
     above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip landscape_c"
-    at_least_0 = "checkpoint_every epsilon particle_noise policy_lr_end learning_starts eval_every seed"
+    at_least_0 = "epsilon checkpoint_every particle_noise policy_lr_end learning_starts eval_every seed"
     log_k = math.log(max(args.num_particles, 1))
     shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
     rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1.split()]

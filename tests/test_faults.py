@@ -22,6 +22,7 @@ from benchmark.kill_and_resume import differences, disturbed_run, results, start
 # The buffer is smaller than the run, and --log-every, --eval-every and --checkpoint-every fall on different steps.
 FLAGS = ["--env-id", "small_envs:PointMass-v0", *SMALL, "--learning-starts", "100", "--total-timesteps", "600"]
 FLAGS += ["--checkpoint-every", "60", "--eval-every", "90", "--buffer-size", "150", "--log-every", "35"]
+FLAGS += ["--old-policy-interval", "30"]
 
 
 @pytest.fixture
