@@ -22,7 +22,7 @@ from benchmark.kill_and_resume import differences, disturbed_run, results, start
 # The buffer is smaller than the run, and --log-every, --eval-every and --checkpoint-every fall on different steps.
 FLAGS = ["--env-id", "small_envs:PointMass-v0", *SMALL, "--learning-starts", "100", "--total-timesteps", "600"]
 FLAGS += ["--checkpoint-every", "60", "--eval-every", "90", "--buffer-size", "150", "--log-every", "35"]
-FLAGS += ["--old-policy-interval", "30"]
+FLAGS += ["--old-policy-interval", "10"]
 
 
 @pytest.fixture
@@ -48,14 +48,19 @@ def run_in(tmp_path, monkeypatch, run_script):
 
 
 def at_step(monkeypatch, number, do):
-    """Calls do(result) in the number-th call of PointMass.step; what it returns, if anything, is the step's result."""
-    calls, step = iter(range(1, 10**9)), small_envs.PointMass.step
+    """Calls do(result) in the number-th call of PointMass.step; what it returns, if anything, is the step's result.
+
+    Returns a list of one element per call.
+    """
+    calls, step = [], small_envs.PointMass.step
 
     def counting(self, action):
         result = step(self, action)
-        return (do(result) or result) if next(calls) == number else result
+        calls.append(None)
+        return (do(result) or result) if len(calls) == number else result
 
     monkeypatch.setattr(small_envs.PointMass, "step", counting)
+    return calls
 
 
 def test_kill_9_and_resume_bit_for_bit(tmp_path):
@@ -76,9 +81,9 @@ def test_a_signal_ends_it_in_order_and_resume_makes_the_same(run_in, monkeypatch
     """Call 333 is in training (in the middle of an episode), call 530 in an evaluation."""
     run_in("calm", script, *FLAGS)
     with monkeypatch.context() as patch:
-        at_step(patch, number, lambda result: os.kill(os.getpid(), signum))
+        calls = at_step(patch, number, lambda result: os.kill(os.getpid(), signum))
         run_dir, code = run_in("stopped", script, *FLAGS)
-    assert code == 128 + signum
+    assert code == 128 + signum and number <= len(calls) < number + 5  # 5 environments: within one step
     assert run_in("stopped", script, "--resume", run_dir)[1] is None
     assert not differences(results(tmp_path / "calm"), results(tmp_path / "stopped"))
 
@@ -140,14 +145,22 @@ def nan_reward(result):
 
 
 @pytest.mark.parametrize("do, name", [(nan_observation, "observation"), (nan_reward, "reward")])
-def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, do, name):
-    at_step(monkeypatch, 299, do)  # of 5 environments: in step 300, before any evaluation there
-    run_dir, code = run_in("run", "simpo_neg", *FLAGS, "--eval-every", "0")
-    assert (
-        code
-        == f"stopped at step 300: {name} is not finite; last good checkpoint: {run_dir.relative_to(Path.cwd())}"
-        + ("/checkpoint/state_240")
+def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path, do, name):
+    """It stops; and events that were on the disk, but not in the last checkpoint, are not there twice after it."""
+    writers, make = [], torch.utils.tensorboard.SummaryWriter
+    monkeypatch.setattr(
+        torch.utils.tensorboard, "SummaryWriter", lambda path: writers.append(make(path)) or writers[-1]
     )
+    flags = [*FLAGS, "--eval-every", "300"]
+    run_in("calm", "simpo_neg", *flags)
+    with monkeypatch.context() as patch:
+        at_step(patch, 299, do)  # of 5 environments: in step 300, before any evaluation
+        run_dir, code = run_in("run", "simpo_neg", *flags)
+    last = run_dir.relative_to(Path.cwd()) / "checkpoint" / "state_240"
+    assert code == f"stopped at step 300: {name} is not finite; last good checkpoint: {last}"
+    writers[-1].close()  # as at the end of a process
+    run_in("run", "simpo_neg", "--resume", run_dir)
+    assert not differences(results(tmp_path / "calm"), results(tmp_path / "run"))
 
 
 def test_a_loss_is_not_finite(run_in, monkeypatch):
