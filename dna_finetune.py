@@ -732,9 +732,10 @@ def summarise(rows, run_dir):
     for method in methods:
         likelihood = [row["log_likelihood"] for row in rows if row["method"] == method]
         axes.plot(likelihood, scores[method], "o", color=COLOURS[method], label=LABELS.get(method, method))
-        place = (np.mean(likelihood), scores[method].mean())
-        axes.annotate(method, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="log-likelihood under the pretrained model (ELBO, nats)", ylabel="Pred-Activity")
+        axes.plot(np.mean(likelihood), scores[method].mean(), "+", color=COLOURS[method], markersize=16)
+    axes.set(
+        xlabel="log-likelihood under the pretrained model (ELBO, nats)", ylabel="Pred-Activity (+: mean of the seeds)"
+    )
     axes.legend(fontsize=8)
     figure.savefig(run_dir / "score_likelihood.png", dpi=120)
     plt.close(figure)
