@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT, OUT = Path(__file__).parent.parent, Path(__file__).parent / "dna"
-EPSILONS = (0.1, 0.5, 1.0, 2.0, 4.0)
+EPSILONS = (0.1, 0.5, 1.0, 2.0, 4.0, 16.0)
 COLOURS = {"lin-neg": "#D55E00", "sqr-neg": "#56B4E9"}
 PANELS = {
     "pred_activity": "Pred-Activity",
