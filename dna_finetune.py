@@ -367,14 +367,16 @@ def sample(denoiser, count, length, steps, generator, batch=64):
     return torch.cat(parts)
 
 
-def pretrain(x, args, device, writer):
+def pretrain(x, args, device, writer, unfinished=None):
     """Pretrains on x (N, L); returns what a stage keeps: the denoiser's averaged weights."""
     torch.manual_seed(args.seed)
     denoiser = Denoiser(args.width, args.stacks).to(device)
     average = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.pretrain_lr)
     generator = torch.Generator(device).manual_seed(args.seed)
-    for step in (progress := tqdm(range(args.pretrain_steps), desc="pretraining", dynamic_ncols=True)):
+    parts = dict(denoiser=denoiser, average=average, optimizer=optimizer)
+    steps = resumable(args.pretrain_steps, unfinished, generator, **parts)
+    for step in (progress := tqdm(steps, desc="pretraining", total=args.pretrain_steps, dynamic_ncols=True)):
         rows = torch.randint(len(x), (args.pretrain_batch,), generator=generator, device=device)
         batch = x[rows].long()
         noisy, masked, factor = corrupt(batch, 1, generator)
@@ -422,7 +424,7 @@ class Oracle(nn.Module):
         return self.mean + self.std * self.last(self.dropout(h))[:, 0]
 
 
-def train_oracle(name, x, y, args, device, writer, binary=False):
+def train_oracle(name, x, y, args, device, writer, binary=False, unfinished=None):
     """Trains an oracle on x (N, L), y (N,) by squared error, or by cross-entropy if y is 0 or 1; returns its file."""
     torch.manual_seed(args.seed)
     oracle = Oracle(args.oracle_width, x.shape[1]).to(device)
@@ -431,7 +433,8 @@ def train_oracle(name, x, y, args, device, writer, binary=False):
         oracle.std.fill_(y.std().clamp(min=1e-6))
     optimizer = torch.optim.Adam(oracle.parameters(), lr=args.oracle_lr, weight_decay=1e-5)
     generator, steps = torch.Generator(device).manual_seed(args.seed), math.ceil(len(x) / 128) * args.oracle_epochs
-    for step in (progress := tqdm(range(steps), desc=name, dynamic_ncols=True)):
+    to_do = resumable(steps, unfinished, generator, oracle=oracle, optimizer=optimizer)
+    for step in (progress := tqdm(to_do, desc=name, total=steps, dynamic_ncols=True)):
         rows = torch.randint(len(x), (128,), generator=generator, device=device)
         output, y_rows = oracle(x[rows].long()), y[rows]
         squared = ((output - y_rows) / oracle.std).square().mean()
@@ -541,14 +544,16 @@ def solve_temperature(method, q, args):
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 
-def finetune(pretrained, reward, method, length, args, seed, sampling_dtype=torch.float32, log=lambda *_: None):
+def finetune(
+    pretrained, reward, method, length, args, seed, sampling_dtype=torch.float32, log=lambda *_: None, unfinished=None
+):
     """The pretrained denoiser tuned by one method; reward maps x (B, L) to (B,). Returns its file."""
     device = next(pretrained.parameters()).device
     denoiser = copy.deepcopy(pretrained).requires_grad_(True)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.lr)
     generator = torch.Generator(device).manual_seed(seed)
-    lowest = math.inf
-    for round in range(args.rounds):
+    record = dict(lowest_loss=math.inf)
+    for round in resumable(args.rounds, unfinished, generator, denoiser=denoiser, optimizer=optimizer, record=record):
         # K sequences from p_old, their rewards, their weights (9), (11).
         old = copy.deepcopy(denoiser if args.samples_from == "tuned" else pretrained).to(sampling_dtype)
         x = sample(old, args.num_particles, length, args.sampling_steps, generator, args.num_particles)  # (K, L)
@@ -572,12 +577,12 @@ def finetune(pretrained, reward, method, length, args, seed, sampling_dtype=torc
             norm = nn.utils.clip_grad_norm_(denoiser.parameters(), args.grad_norm)
             check_finite(f"{method}, round {round}", loss=loss, gradient=norm)
             optimizer.step()
-            lowest = min(lowest, loss.item())
+            record["lowest_loss"] = min(record["lowest_loss"], loss.item())
         distinct = len(x.unique(dim=0)) / len(x)
         negative = weights.clamp(max=0).abs().mean()
         values = dict(loss=loss, reward=q.median(), temperature=temperature, negative_mass=negative, distinct=distinct)
         log(round, values)
-    return dict(kind="denoiser", state=denoiser.state_dict(), lowest_loss=lowest)
+    return dict(kind="denoiser", state=denoiser.state_dict()) | record
 
 
 # ----------------------------------------------------------------------------------------- evaluation and its report
@@ -754,7 +759,10 @@ def write_csv(path, rows):
 
 
 def stage(name, settings, make, device):
-    """What make() returns, a dict, kept as runs/dna_stages/<name>-<hash of the settings>.pt: made only if not there."""
+    """What make(unfinished) returns, a dict, kept as runs/dna_stages/<name>-<hash of the settings>.pt.
+
+    Made only if not there; unfinished is a path for what a long stage needs to go on after a kill.
+    """
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = Path("runs/dna_stages") / f"{name}-{key}.pt"
     if path.exists():
@@ -764,12 +772,49 @@ def stage(name, settings, make, device):
             return content, path.stem
         except Exception:
             print(f"{path} is damaged: made again")
-    content = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished = path.with_suffix(".unfinished")
+    content = make(unfinished)
+    write(path, content)
+    unfinished.unlink(missing_ok=True)
+    return content, path.stem
+
+
+def write(path, content):
+    """torch.save, aside and moved into place: a file of this name is always whole."""
+    aside = path.with_suffix(f".{os.getpid()}")
     torch.save(content, aside)
     os.replace(aside, path)
-    return content, path.stem
+
+
+KEEP_SECONDS = 10.0
+
+
+def resumable(steps, path, generator, **parts):
+    """The steps that are still to be done. Every ten seconds what decides the rest is kept in path, if there is one:
+    parts, which have a state_dict or are dicts of numbers, and the generators. A killed stage then ends bit for bit
+    as if it had not been killed, on a CPU."""
+    first, kept_at = 0, time.time()
+    state = {}
+    if path and path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            print(f"{path} is damaged: from the start")
+    if state:
+        for name, part in parts.items():
+            part.update(state[name]) if isinstance(part, dict) else part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        first = state["step"]
+        print(f"{path}: going on from step {first} of {steps}")
+    for step in range(first, steps):
+        yield step
+        if path and time.time() - kept_at >= KEEP_SECONDS:
+            state = {name: dict(part) if isinstance(part, dict) else part.state_dict() for name, part in parts.items()}
+            state |= dict(step=step + 1, generator=generator.get_state(), torch=torch.get_rng_state())
+            write(path, state)
+            kept_at = time.time()
 
 
 class Inert(dict):
@@ -967,7 +1012,8 @@ if __name__ == "__main__":
     keys = {name: sha256(getattr(args, name)) for name in models}
     if "pretrained" not in models:
         made_of = [data_key, settings("width stacks pretrain_steps pretrain_batch pretrain_lr ema seed")]
-        state, keys["pretrained"] = stage("pretrained", made_of, lambda: pretrain(train, args, device, writer), device)
+        fit = functools.partial(pretrain, train, args, device, writer)
+        state, keys["pretrained"] = stage("pretrained", made_of, fit, device)
         models["pretrained"] = Denoiser(args.width, args.stacks).to(device).requires_grad_(False)
         models["pretrained"].load_state_dict(state["state"])
     for name, (oracle_x, oracle_y) in tables.items():
@@ -981,7 +1027,7 @@ if __name__ == "__main__":
             models[name].load_state_dict(state["state"])
     pretrained, reward_oracle = models["pretrained"], functools.partial(predict, models["reward_oracle"])
     measured_by = settings("sampling_steps eval_samples eval_elbo_draws seed") | {"dtype": str(sampling_dtype)}
-    report = functools.partial(report_pretrained, pretrained, train, x[held_out], args, sampling_dtype)
+    report = lambda _: report_pretrained(pretrained, train, x[held_out], args, sampling_dtype)  # noqa: E731
     quality = {"pretrained": stage("pretrained-report", [keys["pretrained"], data_key, measured_by], report, device)[0]}
     for name in ("reward_oracle", "eval_oracle"):
         quality[name] = report_oracle(models[name], x[held_out], y[held_out], simulated)
@@ -1024,8 +1070,8 @@ if __name__ == "__main__":
             args.top_share,
             measured_by,
         ]
-        draw = functools.partial(evaluate, denoiser, models, top, simulated, args, seed, sampling_dtype)
-        result, _ = stage("evaluated", made_of, draw, device)
+        rest = (top, simulated, args, seed, sampling_dtype)
+        result, _ = stage("evaluated", made_of, lambda _: evaluate(denoiser, models, *rest), device)  # noqa: B023
         row = dict(method=method, seed=seed) | result["row"] | dict(lowest_loss=lowest)
         rows.append(row)
         for name in COLUMNS:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import time
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -596,6 +597,35 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna):
     assert (again / "rows.csv").read_text() == (made / "rows.csv").read_text()
     other, _ = run_dna("--seed", "2", "--methods", "exp")
     assert (other / "rows.csv").read_text() not in (made / "rows.csv").read_text()
+
+
+def test_a_killed_stage_goes_on_bit_for_bit(run_dna, monkeypatch):
+    """The process dies in an Adam step of every kind of stage; its last whole step makes the next run end the same."""
+    flags = ["--methods", "lin-neg", "--rounds", "6", "--oracle-epochs", "3"]
+    calls, step = [], torch.optim.Adam.step
+    clock = itertools.count(0, 100)  # every look at the clock is 100 seconds later: kept after every step
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+
+    def counting(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) in die_at:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+    die_at = []
+    made, _ = run_dna(*flags)
+    assert len(calls) == 5 + 2 * 6 + 6  # pretraining, two oracles, rounds
+    for call in (3, 5 + 4, 5 + 2 * 6 + 3):
+        die_at[:] = [call]
+        for path in Path("runs/dna_stages").iterdir():
+            path.unlink()
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run_dna(*flags)
+        again, out = run_dna(*flags)
+        assert "unfinished: going on from step " in out
+        assert (again / "rows.csv").read_text() == (made / "rows.csv").read_text()
 
 
 def test_stages_are_skipped_and_remade(run_dna):
