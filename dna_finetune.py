@@ -701,7 +701,7 @@ HEADERS = "Pred-Activity,rewarding,true,3-mer corr.,log-lik. (ELBO),distance,dis
 
 
 def summarise(rows, run_dir):
-    """The table as text and table.csv, the paper's order with intervals, and score against likelihood as a plot."""
+    """The table as text and table.csv, differences with intervals, and score against likelihood as a plot."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     scores = {m: np.array([row["pred_activity"] for row in rows if row["method"] == m]) for m in methods}
     baselines = [m for m in methods if m in BASELINES]
@@ -723,9 +723,9 @@ def summarise(rows, run_dir):
         table.append(entry)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds.")
+    out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds. Its differences by seed:")
     ordered = [m for m in METHODS if m in methods]
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in itertools.combinations(ordered, 2):
         mean, width = interval(scores[high] - scores[low])
         bounds = f", 95% interval [{mean - width:+.2f}, {mean + width:+.2f}]" if len(scores[low]) > 1 else ""
         out.append(f"{high} - {low}: {mean:+.2f}{bounds}")

@@ -586,7 +586,7 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna):
         assert f"\n{dna.LABELS.get(method, method)} " in out
         lines = (made / f"{method}-seed2.fasta").read_text().split()
         assert len(lines) == 16 and lines[0] == f">{method}-seed2-1" and re.fullmatch("[ACGT]{16}", lines[1])
-    assert "sqr-neg - lin-neg" in out and "95% interval" in out
+    assert "sqr-neg - exp: " in out and "95% interval" in out
     quality = json.loads((made / "quality.json").read_text())
     assert {"model_nats_per_base", "markov5_nats_per_base", "gc_mean"} <= set(quality["pretrained"])
     assert {"held_out_correlation", "site_effect_correlation"} <= set(quality["eval_oracle"])
