@@ -723,7 +723,7 @@ def summarise(rows, run_dir):
         table.append(entry)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds. Differences, by seed:")
+    out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds. Differences by seed:")
     ordered = [m for m in METHODS if m in methods]
     for low, high in itertools.combinations(ordered, 2):
         mean, width = interval(scores[high] - scores[low])

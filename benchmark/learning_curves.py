@@ -38,8 +38,8 @@ GROUPS = {  # picture: (title, flags, variants)
         ["lin-neg"],
     ),
     "cheetah-run": (
-        "dm_control/cheetah-run-v0, square landscape, the paper's settings",
-        "--env-id dm_control/cheetah-run-v0 --reward-landscape square --total-timesteps 30000 --eval-every 5000",
+        "dm_control/cheetah-run-v0, sqrt landscape, the paper's settings",
+        "--env-id dm_control/cheetah-run-v0 --reward-landscape sqrt --total-timesteps 30000 --eval-every 5000",
         ["lin-neg"],
     ),
 }
