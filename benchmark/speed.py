@@ -1,18 +1,25 @@
 """Milliseconds per update of simpo_neg.py and of its parts, beside what the machine's matrix products could do.
 
 python benchmark/speed.py --env-id HalfCheetah-v4
+python benchmark/speed.py --scaling     # over K, batch and denoising steps, one at a time: benchmark/scaling.{csv,png}
 """
 
 import copy
+import csv
+import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import matplotlib
 import torch
 import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import simpo_neg as simpo
@@ -34,6 +41,11 @@ class Args:
     """precision of the network while actions are drawn"""
     repeats: int = 10
     """timed calls of each part; the median is printed"""
+    scaling: bool = False
+    """measure over K, batch size and denoising steps instead"""
+
+
+SWEEPS = {"num_particles": [8, 16, 32, 64, 128], "batch_size": [64, 128, 256, 512], "diffusion_steps": [5, 10, 20, 40]}
 
 
 def milliseconds(function, device, repeats):
@@ -48,28 +60,17 @@ def milliseconds(function, device, repeats):
     return sorted(times[2:])[repeats // 2]
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    gym.logger.min_level = gym.logger.ERROR
+def measure(args, obs_dim, action_dim):
+    """Milliseconds of each part of one update, and of its 256 x 256 matrix products alone."""
+    S, A, B, K, T, H = obs_dim, action_dim, args.batch_size, args.num_particles, args.diffusion_steps, 256
     device, dtype = torch.device(args.device), getattr(torch, args.sampling_dtype)
-    env = simpo.make_env(args.env_id)
-    S, A, B, K, T, H = (
-        env.observation_space.shape[0],
-        env.action_space.shape[0],
-        args.batch_size,
-        args.num_particles,
-        args.diffusion_steps,
-        256,
-    )
-    rows, generator = B * K, torch.Generator(device).manual_seed(0)
-    print(
-        f"{args.env_id}: {B} states x {K} actions x {T} steps, {args.sampling_dtype}, {torch.get_num_threads()} threads"
-    )
+    generator = torch.Generator(device).manual_seed(0)
 
     def product(dtype):
-        x, w = torch.randn(rows, H, device=device, dtype=dtype), torch.randn(H, H, device=device, dtype=dtype)
+        x, w = torch.randn(B * K, H, device=device, dtype=dtype), torch.randn(H, H, device=device, dtype=dtype)
         return milliseconds(lambda: x @ w, device, 50)
 
+    torch.compiler.reset()
     policy = simpo.DiffusionPolicy(S, A, H, T).to(device)
     old_policy = copy.deepcopy(policy).requires_grad_(False)
     critic = simpo.Critic(S, A, H).to(device)
@@ -97,8 +98,9 @@ if __name__ == "__main__":
         loss.backward()
         policy_optimizer.step()
 
+    # Products of the two hidden layers alone: T steps of sampling; forward and twice that backward; two critics.
+    bound = 2 * T * product(dtype) + (6 + 4) * product(torch.float32)
     parts = {
-        "act in 5 environments": lambda: policy.sample(obs[:5], 1, generator, dtype),
         "action of the Bellman target": lambda: policy.sample(obs, 1, generator, dtype),
         "critic step": critic_step,
         "draw K actions": lambda: old_policy.sample(obs, K, generator, dtype),
@@ -108,10 +110,63 @@ if __name__ == "__main__":
     }
     measured = {name: milliseconds(part, device, args.repeats) for name, part in parts.items()}
     measured["weights"] -= measured["values of the K actions"]
-    for name, value in measured.items():
+    return measured, bound
+
+
+def scaling(args, obs_dim, action_dim):
+    """Times an update over each setting of SWEEPS, the other two as given; writes scaling.csv and scaling.png."""
+    rows, folder = [], Path(__file__).parent
+    base = sum(measure(args, obs_dim, action_dim)[0].values())
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.loglog([1 / 4, 4], [1 / 4, 4], ":", color="grey", label="linear", base=2)
+    for name, values in SWEEPS.items():
+        times, default = [], getattr(args, name)
+        for value in values:
+            changed = replace(args, **{name: value})
+            times.append(base if value == default else sum(measure(changed, obs_dim, action_dim)[0].values()))
+            rows.append({"setting": name, "value": value, "milliseconds": round(times[-1], 1)})
+            print(rows[-1], flush=True)
+        axes.loglog([v / default for v in values], [t / base for t in times], "o-", label=name, base=2)
+    axes.set(xlabel="setting / default", ylabel="time per update / default", title=f"{args.env_id}, {args.device}")
+    axes.legend(frameon=False)
+    figure.savefig(folder / "scaling.png", dpi=110)
+    with open(folder / "scaling.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    gym.logger.min_level = gym.logger.ERROR
+    envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args.env_id)] * 5)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    print(
+        f"{args.env_id}: {args.batch_size} states x {args.num_particles} actions x {args.diffusion_steps} steps, "
+        f"{args.sampling_dtype}, {args.device}, {torch.get_num_threads()} threads"
+    )
+    if args.scaling:
+        scaling(args, obs_dim, action_dim)
+        raise SystemExit
+
+    device = torch.device(args.device)
+    buffer = simpo.ReplayBuffer(1_000_000, obs_dim, action_dim, device)
+    buffer.rows.normal_()  # full, as at the end of a run
+    policy = simpo.DiffusionPolicy(obs_dim, action_dim, 256, args.diffusion_steps).to(device)
+    generator, obs = torch.Generator(device).manual_seed(0), torch.tensor(envs.reset(seed=0)[0]).float().to(device)
+
+    def act():
+        action = policy.sample(obs, 1, generator, getattr(torch, args.sampling_dtype))[:, 0]
+        envs.step(action.cpu().numpy())
+
+    acting = milliseconds(act, device, args.repeats)  # five environments at once, so the five steps of one update
+    parts, bound = measure(args, obs_dim, action_dim)
+    update = sum(parts.values())
+    for name, value in {"5 environment steps": acting, **parts, "one update": update}.items():
         print(f"{name:32s} {value:8.1f} ms")
-    print(f"{'one update':32s} {sum(measured.values()):8.1f} ms")
-    # Products of the two hidden layers alone: T steps of sampling; forward and twice that backward; two critics.
-    single, sampling = product(torch.float32), product(dtype)
-    bound = 2 * T * sampling + 6 * single + 4 * single
-    print(f"{'its 256 x 256 products alone':32s} {bound:8.1f} ms, measured now on this machine")
+    print(f"{'its 256 x 256 products alone':32s} {bound:8.1f} ms, measured on this machine just before")
+    print(f"{'share of that peak':32s} {bound / update:8.0%}")
+    print(f"{'environment steps':32s} {5e3 / (acting + update):8.1f} per second of training")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    print(f"{'peak memory':32s} {memory:8.2f} GiB, with a full buffer of 1M transitions", end="")
+    print(f"; on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "")
