@@ -3,6 +3,7 @@
 # dependencies = [
 #   "matplotlib==3.11.2",
 #   "numpy==2.4.6",
+#   "scipy==1.17.1",
 #   "tensorboard==2.21.0",
 #   "torch==2.13.0",
 #   "tqdm==4.70.1",
@@ -44,6 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -319,9 +321,8 @@ def corrupt(x, draws, generator):
     Integrated over t, that is a number m of masks uniform in 1..L, placed at random, and the factor L / m: no small t.
     """
     B, L = x.shape
-    stratum = torch.rand(B, 1, generator=generator, device=x.device) + torch.arange(
-        draws, device=x.device
-    )  # (B, draws)
+    strata = torch.arange(draws, device=x.device)  # one draw in each, so that the copies differ in noise
+    stratum = torch.rand(B, 1, generator=generator, device=x.device) + strata  # (B, draws)
     m = (stratum / draws * L).long().clamp(max=L - 1) + 1
     noise = torch.rand(B, draws, L, generator=generator, device=x.device)
     masked = noise <= noise.sort(-1).values.gather(-1, m[..., None] - 1)
@@ -685,16 +686,6 @@ def report_oracle(oracle, held_out, y, simulated):
     return report
 
 
-T_QUANTILE = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5%, for 1, 2, ... degrees of freedom
-
-
-def interval(values):
-    """Mean and half the width of its 95% interval (Student's t); nan for a single value."""
-    n = len(values)
-    width = (T_QUANTILE[n - 2] if n <= 10 else 2.2) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(width)
-
-
 COLUMNS = "pred_activity reward_oracle true_activity kmer_correlation log_likelihood distance distinct accessible"
 COLUMNS = COLUMNS.split()
 HEADERS = "Pred-Activity,rewarding,true,3-mer corr.,log-lik. (ELBO),distance,distinct,accessible".split(",")
@@ -724,11 +715,13 @@ def summarise(rows, run_dir):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds. Differences by seed:")
-    ordered = [m for m in METHODS if m in methods]
-    for low, high in itertools.combinations(ordered, 2):
-        mean, width = interval(scores[high] - scores[low])
-        bounds = f", 95% interval [{mean - width:+.2f}, {mean + width:+.2f}]" if len(scores[low]) > 1 else ""
-        out.append(f"{high} - {low}: {mean:+.2f}{bounds}")
+    for low, high in itertools.combinations([m for m in METHODS if m in methods], 2):
+        difference = scores[high] - scores[low]
+        line = f"{high} - {low}: {difference.mean():+.2f}"
+        if len(difference) > 1:
+            bounds = stats.t.interval(0.95, len(difference) - 1, difference.mean(), stats.sem(difference))
+            line += ", 95% interval [{:+.2f}, {:+.2f}]".format(*bounds)
+        out.append(line)
     (run_dir / "table.txt").write_text("\n".join(out) + "\n")
     write_csv(run_dir / "table.csv", table)
     write_csv(run_dir / "rows.csv", rows)
@@ -870,13 +863,8 @@ def published_denoiser(content):
     ours = {name: value for name, value in state.items() if name.split(".")[0] in ("linear", "convs", "norms")}
     ours |= {"shifts": torch.stack(shifts)}
     ours |= {"hidden.weight": state["final_conv.0.weight"][..., 0], "hidden.bias": state["final_conv.0.bias"]}
-    return (
-        ours
-        | {  # its fifth output, the mask, has probability 0
-            "logits.weight": state["final_conv.2.weight"][:4, :, 0],
-            "logits.bias": state["final_conv.2.bias"][:4],
-        }
-    )
+    weight, bias = state["final_conv.2.weight"][:4, :, 0], state["final_conv.2.bias"][:4]  # the fifth is the mask
+    return ours | {"logits.weight": weight, "logits.bias": bias}
 
 
 def load_oracle(flag, path, length, output, device):
@@ -1060,16 +1048,8 @@ if __name__ == "__main__":
             progress.update(args.rounds - (progress.n - before))  # all of them, if they were there
             denoiser.load_state_dict(state["state"])
             lowest = state["lowest_loss"]
-        made_of = [
-            key,
-            keys,
-            data_key,
-            seed,
-            args.oracle_output,
-            args.accessibility_output,
-            args.top_share,
-            measured_by,
-        ]
+        outputs_used = [args.oracle_output, args.accessibility_output]
+        made_of = [key, keys, data_key, seed, *outputs_used, args.top_share, measured_by]
         rest = (top, simulated, args, seed, sampling_dtype)
         result, _ = stage("evaluated", made_of, lambda _: evaluate(denoiser, models, *rest), device)  # noqa: B023
         row = dict(method=method, seed=seed) | result["row"] | dict(lowest_loss=lowest)

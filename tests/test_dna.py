@@ -342,11 +342,13 @@ def test_markov_model_against_its_definition():
     assert dna.markov_nats(train, test, 2) == pytest.approx(nats / 35)
 
 
-def test_interval_is_students():
-    values = np.array([1.0, 2.0, 4.0])
-    mean, width = dna.interval(values)
-    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
-    assert (mean - width, mean + width) == pytest.approx((low, high), abs=5e-3)
+def test_differences_are_paired_by_seed(tmp_path):
+    scores = {"pretrained": (0, 0, 0), "exp": (1, 5, 3), "linear": (2, 7, 7)}  # differences 1, 2, 4
+    others = dict.fromkeys(dna.COLUMNS, 0.5)
+    rows = [dict(others, method=m, seed=i, pred_activity=q) for m in scores for i, q in enumerate(scores[m])]
+    half = 4.302653 * math.sqrt(7 / 9)  # Student's t of 2 degrees of freedom; standard error of 1, 2, 4
+    expected = f"linear - exp: +2.33, 95% interval [{7 / 3 - half:+.2f}, {7 / 3 + half:+.2f}]"
+    assert dna.summarise(rows, tmp_path).splitlines()[-1] == expected
 
 
 # ------------------------------------------------------------------------------------------------ input and refusals
@@ -444,7 +446,7 @@ def test_help_names_every_flag(tmp_path):
 def test_inline_metadata_equals_requirements():
     block = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "dna_finetune.py").read_text(), flags=re.M | re.S)[1]
     pins = re.findall(r'"(\S+==\S+)"', block)
-    required = (ROOT / "requirements.txt").read_text().split("#")[1].split("\n")[1:]
+    required = (ROOT / "requirements.txt").read_text().splitlines()
     assert pins and set(pins) <= set(required)
     imported = set(re.findall(r"^(?:import|from) (\w+)", (ROOT / "dna_finetune.py").read_text(), flags=re.M))
     names = {pin.split("==")[0] for pin in pins}
