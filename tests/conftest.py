@@ -1,3 +1,4 @@
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: with more, they wait on a busy machine
 
 
 @pytest.fixture(autouse=True)
