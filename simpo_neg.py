@@ -19,7 +19,8 @@
 
 Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning" (newer name: GeMPO). Top to bottom:
 environments; twin critics; the diffusion policy with its weighted matching loss (7); the weights (9) with the negative
-floor (11) and their normaliser (appendix E); replay buffer; evaluation; Algorithm 1 with the temperature rule (30).
+floor (11) and their normaliser (appendix E); replay buffer; evaluation; checkpoints and faults, to skip at first;
+Algorithm 1 with the temperature rule (30).
 
     python simpo_neg.py --env-id Humanoid-v4 --epsilon 0.5
 """
@@ -43,19 +44,16 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import matplotlib
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Args:
     power: float = 1.0
     """p: weights are y^p where y = (Q - nu)/lambda is positive; 1 is Lin. Neg., 2 is Sqr. Neg."""
     epsilon: float = 0.5
-    """epsilon: largest negative weight, the floor of (11) is -epsilon; 0 gives simpo_power.py"""
+    """epsilon: no weight is below -epsilon, the floor of (11); 0 gives simpo_power.py"""
     num_particles: int = 32
     """K: actions drawn from the old policy per state"""
     target_kl: float = 1.5
@@ -91,7 +89,7 @@ class Args:
     particle_noise: float = 0.2
     """standard deviation of the Gaussian added to the K actions, in units of half the action range"""
     error_clip: float = 5.0
-    """squared velocity errors in (7) are clipped here, per action dimension; this bounds the loss in case II"""
+    """upper limit of a squared velocity error in (7), per action dimension; it bounds the loss in case II"""
 
     # diffusion and optimisation (table in appendix F)
     diffusion_steps: int = 20
@@ -113,31 +111,31 @@ class Args:
     critic_lr: float = 3e-4
     """learning rate of the critics"""
     discount: float = 0.99
-    """gamma"""
+    """gamma, the discount per step"""
     tau: float = 0.005
     """step of the target critics towards the critics, per update"""
 
     # evaluation and output
     eval_every: int = 10_000
-    """environment steps between evaluations; 0 turns evaluation off"""
+    """environment steps between evaluations, and one at the end; 0 turns evaluation off"""
     eval_episodes: int = 20
     """episodes per evaluation, in parallel environments"""
     eval_draws: int = 10
     """actions drawn per step in evaluation; the critics' favourite is taken"""
     log_every: int = 1_000
-    """environment steps between logged scalars"""
+    """environment steps between logged losses, weights and speeds"""
     checkpoint_every: int = 5_000
-    """environment steps between checkpoints in runs/<run_name>/checkpoint; 0 turns them off"""
+    """environment steps between checkpoints in runs/<run_name>/checkpoint, and one at the end; 0: none"""
     resume: str = ""
-    """runs/<run_name> of a stopped run: go on where its last checkpoint was, with its arguments"""
+    """runs/<run_name> of a stopped run: go on where its last checkpoint was; its arguments hold but where given anew"""
     capture_video: bool = False
     """record the first episode of every evaluation as runs/<run_name>/videos/*.mp4"""
     track: bool = False
-    """send everything to Weights & Biases too (offline if there is no account)"""
+    """send arguments and TensorBoard scalars to Weights & Biases, too (offline if there is no account)"""
     wandb_project: str = "simpo"
     """Weights & Biases project"""
     evaluate: str = ""
-    """runs/<run_name> of a trained model: evaluate it over --eval-episodes and train nothing"""
+    """runs/<run_name> of a trained model: evaluate it (--eval-episodes, --eval-draws) and train nothing"""
 
     # machine
     device: str = "auto"
@@ -229,7 +227,6 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden_dim):
         super().__init__()
-        self.obs_dim, self.action_dim = obs_dim, action_dim
         sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 1]
         self.twins = nn.ModuleList(nn.ModuleList(map(nn.Linear, sizes, sizes[1:])) for _ in range(2))
 
@@ -238,7 +235,7 @@ class Critic(nn.Module):
         """obs (B, S), action (B, K, A) -> both Q (2, B, K); what depends on the state alone is done once per state."""
         q = []
         for first, second, third, last in self.twins:
-            obs_weight, action_weight = first.weight.split([self.obs_dim, self.action_dim], dim=1)
+            obs_weight, action_weight = first.weight.split([obs.shape[-1], action.shape[-1]], dim=1)
             h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
             q.append(last(mish(third(mish(second(h))))).squeeze(-1))
         return torch.stack(q)
@@ -249,7 +246,7 @@ class DiffusionPolicy(nn.Module):
 
     def __init__(self, obs_dim, action_dim, hidden_dim, steps):
         super().__init__()
-        self.obs_dim, self.action_dim, self.steps = obs_dim, action_dim, steps
+        self.action_dim, self.steps = action_dim, steps
         t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
@@ -260,23 +257,21 @@ class DiffusionPolicy(nn.Module):
         from_t, from_0 = alpha / alpha_s * sigma_s**2 / sigma**2, alpha_s * variance_ts / sigma**2
         spread = (variance_ts * sigma_s**2 / sigma**2).clamp(min=0).sqrt()
         self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
-        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], 1).float(), persistent=False)  # (T, 2)
-        self.register_buffer("posterior", torch.stack([from_t, from_0, spread], 1).float(), persistent=False)  # (T, 3)
+        schedule = torch.stack([alpha, sigma, from_t, from_0, spread], dim=1).float()
+        self.register_buffer("schedule", schedule, persistent=False)  # (T, 5)
         sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
 
     def embed(self, obs):
-        """The first layer's parts that no particle changes: obs (B, S) -> (B, 1, H), and one row per time (T, H)."""
-        _, obs_weight, time_weight = self.split_first_layer()
+        """What s and t add to the first layer, whatever the action: obs (B, S) -> (B, 1, H), time (T, H)."""
+        inputs = [self.action_dim, obs.shape[1], self.time_features.shape[1]]
+        _, obs_weight, time_weight = self.layers[0].weight.split(inputs, dim=1)
         return F.linear(obs, obs_weight, self.layers[0].bias)[:, None], F.linear(self.time_features, time_weight)
-
-    def split_first_layer(self):
-        return self.layers[0].weight.split([self.action_dim, self.obs_dim, self.time_features.shape[1]], dim=1)
 
     def velocity(self, noisy_action, embedding):
         """v_theta(a_t, s, t) times 2/pi: noisy_action (B, K, A), embedding of s and t (B, 1 or K, H) -> (B, K, A)."""
-        _, second, third, last = self.layers
-        h = mish(F.linear(noisy_action, self.split_first_layer()[0]) + embedding)
+        first, second, third, last = self.layers
+        h = mish(F.linear(noisy_action, first.weight[:, : self.action_dim]) + embedding)
         return last(mish(third(mish(second(h)))))
 
     @torch.compile(dynamic=False)
@@ -284,17 +279,18 @@ class DiffusionPolicy(nn.Module):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
         embedding = obs_embedding + F.one_hot(t, self.steps).float() @ time_embedding  # (B, K, H)
-        alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
+        alpha, sigma = self.schedule[t, :2].split(1, dim=-1)  # (B, K, 1)
         velocity = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - velocity).square()
         return (weights[..., None] * error.clamp(max=error_clip)).mean()
 
     @torch.compile(dynamic=False)
-    def denoise(self, noisy_action, embedding, alpha_sigma, posterior, noise):
+    def denoise(self, noisy_action, embedding, schedule, noise):
         """One ancestral step a_t -> a_{t - 1/T}; the predicted a_0 = alpha a_t - sigma v 2/pi is kept in the bounds."""
+        alpha, sigma, from_t, from_0, spread = schedule
         velocity = self.velocity(noisy_action, embedding).float()
-        action = (alpha_sigma[0] * noisy_action - alpha_sigma[1] * velocity).clamp(-1, 1)
-        return posterior[0] * noisy_action + posterior[1] * action + posterior[2] * noise
+        action = (alpha * noisy_action - sigma * velocity).clamp(-1, 1)
+        return from_t * noisy_action + from_0 * action + spread * noise
 
     @torch.no_grad()
     def sample(self, obs, num_actions, generator, dtype=torch.float32):
@@ -309,8 +305,7 @@ class DiffusionPolicy(nn.Module):
             for state, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
                 action = eps[self.steps]
                 for i in reversed(range(self.steps)):
-                    embedding = state + time_embedding[i]
-                    action = self.denoise(action, embedding, self.alpha_sigma[i], self.posterior[i], eps[i])
+                    action = self.denoise(action, state + time_embedding[i], self.schedule[i], eps[i])
                 actions.append(action)
         return torch.cat(actions)
 
@@ -352,7 +347,7 @@ def reweight(q, temperature, power, epsilon):
             too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
             low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
         top = low ** (1 / power)
-        below, above = g(top - gap), g(high ** (1 / power) - gap)  # float64 neighbours, yet far apart for small powers
+        below, above = g(top - gap), g(high ** (1 / power) - gap)  # of neighbouring tops, yet apart for small powers
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
         weights = below.lerp(above, share.clamp(0, 1))
     return weights.to(q.dtype), (q_max - temperature * top).to(q.dtype)
@@ -396,15 +391,14 @@ def evaluate(policy, critic, args, sampling_dtype, video_folder=None, stop=()):
     Environments, seeds and generator are its own, so that training goes on as if it had not been called. Ends early,
     with no meaningful result, as soon as there is something in stop.
     """
-    device = policy.alpha_sigma.device
-    make = [
-        lambda i=i: make_env(args.env_id, args.reward_landscape, args.landscape_c, video_folder if i == 0 else None)
-        for i in range(args.eval_episodes)
-    ]
-    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    device = policy.schedule.device
+    folders = [video_folder] + [None] * (args.eval_episodes - 1)
+    make = [lambda x=x: make_env(args.env_id, args.reward_landscape, args.landscape_c, x) for x in folders]
+    envs = gym.vector.SyncVectorEnv(make)
     generator = torch.Generator(device).manual_seed(args.seed + 10_000)
     obs, _ = envs.reset(seed=args.seed + 10_000)
-    returns, native_returns, running = (np.full(args.eval_episodes, x) for x in (0.0, 0.0, True))
+    returns, native_returns = np.zeros((2, args.eval_episodes))
+    running = np.ones(args.eval_episodes, dtype=bool)
     while running.any() and not stop:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         actions = policy.sample(obs, args.eval_draws, generator, sampling_dtype)  # (N, draws, A)
@@ -427,12 +421,12 @@ def write_evaluations(run_dir, evaluations):
         table.writerows(evaluations)
     os.replace(run_dir / "unfinished", run_dir / "eval.csv")
     step, mean, std = (np.array([row[name] for row in evaluations]) for name in ("step", "mean", "std"))
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(step, mean, marker="o", markersize=3)
     axes.fill_between(step, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
 
 
 def write(path, content):
@@ -460,7 +454,7 @@ def read(path, device="cpu"):
 
 
 def save(path, args, policy, critic):
-    """The trained model with its arguments."""
+    """What --evaluate needs."""
     networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
     write(path, {"script": Path(__file__).stem, "args": asdict(args)} | networks)
 
@@ -486,11 +480,11 @@ def load(path, device):
 class Checkpoints:
     """The last two checkpoints of a run, in one folder: state_STEP each, and the buffer in files that they share.
 
-    The buffer's rows are written once, after they came, so that a checkpoint stays small however large the buffer is.
+    Each row of the buffer is written once, by the first checkpoint after it: the time does not grow with the buffer.
     """
 
     def __init__(self, folder):
-        self.folder, self.files = folder, []  # of the newest one: state_STEP, rows_FIRST_END, rows_FIRST_END, ...
+        self.folder, self.files = folder, []  # of the newest one: state_STEP, rows_FIRST_END, ...
 
     def save(self, step, state, buffer):
         """Writes what the buffer gained since the last call, then the state; removes what no checkpoint needs."""
@@ -540,16 +534,8 @@ def attempt(path, write_it, *args):
     try:
         write_it(*args)
     except OSError as error:
-        error.__traceback__ = None  # TensorBoard raises its first error again and again, each time longer
+        error.__traceback__ = None  # TensorBoard raises the same error again and again; its traceback would grow
         warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=1)
-
-
-def check_finite(step, checkpoints, **quantities):
-    """Raises SystemExit with one line for the first quantity that is not finite."""
-    for name, value in quantities.items():
-        if not torch.as_tensor(value).isfinite().all():
-            last = checkpoints.folder / checkpoints.files[0] if checkpoints.files else "none"
-            raise SystemExit(f"stopped at step {step}: {name} is not finite; last good checkpoint: {last}")
 
 
 def catch_signals():
@@ -619,7 +605,7 @@ if __name__ == "__main__":
             if getattr(args, name) != state["args"][name]:
                 raise SystemExit(f"--resume: {run_dir} was made with --{name.replace('_', '-')} {state['args'][name]}")
     check(args)
-    gym.logger.min_level = gym.logger.ERROR  # the paper's v4 environments are meant
+    gym.logger.min_level = gym.logger.ERROR  # which calls the paper's v4 environments outdated
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # nothing is drawn but videos
     device, sampling_dtype = pick_machine(args)
@@ -638,7 +624,10 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
-    if not args.resume:
+    if args.resume:
+        for path in run_dir.glob("events.*"):  # what came after the checkpoint will be written again
+            os.truncate(path, state["event_files"].get(path.name, 0))
+    else:
         try:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -654,9 +643,6 @@ if __name__ == "__main__":
             mode = "offline"
         run = dict(project=args.wandb_project, name=run_dir.name, config=asdict(args), dir=run_dir, mode=mode)
         wandb.init(**run, id=run_dir.name, resume="allow", sync_tensorboard=True)
-    if args.resume:  # events of after the checkpoint will be written again
-        for path in run_dir.glob("events.*"):
-            os.truncate(path, state["event_files"][path.name]) if path.name in state["event_files"] else path.unlink()
     writer = SummaryWriter(run_dir)
     atexit.register(attempt, run_dir / "events*", writer.close)
     threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose error `log` meets again
@@ -664,6 +650,12 @@ if __name__ == "__main__":
     def log(scalars):
         for name, value in scalars.items():
             attempt(run_dir / "events*", writer.add_scalar, name, value, global_step)
+
+    def check_finite(**quantities):
+        for name, value in quantities.items():
+            if not torch.as_tensor(value).isfinite().all():
+                good = checkpoints.folder / checkpoints.files[0] if checkpoints.files else "none"
+                raise SystemExit(f"stopped at step {global_step}: {name} is not finite; last good checkpoint: {good}")
 
     print(f"{run_dir} on {device}, actions drawn in {sampling_dtype}, {'compiled' if args.compile else 'not compiled'}")
 
@@ -706,8 +698,8 @@ if __name__ == "__main__":
         # Checkpoint, when due, at the end, or asked to stop.
         due = args.checkpoint_every and global_step // args.checkpoint_every > checkpoint_at // args.checkpoint_every
         if due or args.checkpoint_every and (last or stop) and global_step > checkpoint_at:
-            check_finite(global_step, checkpoints, policy=parameters_to_vector(policy.parameters()))
-            check_finite(global_step, checkpoints, critic=parameters_to_vector(critic.parameters()))
+            check_finite(policy=parameters_to_vector(policy.parameters()))
+            check_finite(critic=parameters_to_vector(critic.parameters()))
             attempt(run_dir / "events*", writer.flush)
             episodes = [(env.first_seed, env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
             sizes = {path.name: path.stat().st_size for path in run_dir.glob("events.*")}
@@ -758,7 +750,7 @@ if __name__ == "__main__":
         successor = next_obs.copy()
         for i in np.flatnonzero(done):
             successor[i] = infos["final_obs"][i]
-        check_finite(global_step, checkpoints, observation=successor, reward=reward)
+        check_finite(observation=successor, reward=reward)
         buffer.add(obs, successor, action, reward, terminated)
         obs = next_obs
         episode_return += reward
@@ -789,7 +781,7 @@ if __name__ == "__main__":
             temperature = log_temperature.exp()
             with torch.no_grad():
                 particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
-            check_finite(global_step, checkpoints, critic_loss=critic_loss, q=particle_q)
+            check_finite(critic_loss=critic_loss, q=particle_q)
             weights, nu = reweight(particle_q, temperature.detach(), args.power, args.epsilon)
 
             # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
@@ -810,7 +802,7 @@ if __name__ == "__main__":
             temperature_optimizer.zero_grad()
             temperature_loss.backward()
             temperature_optimizer.step()
-            check_finite(global_step, checkpoints, policy_loss=policy_loss, temperature_loss=temperature_loss)
+            check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
@@ -842,7 +834,7 @@ if __name__ == "__main__":
     progress.close()
     envs.close()
     if stop:
-        print(f"stopped at step {global_step}" + f"; go on with --resume {run_dir}" * bool(checkpoints.files))
+        print(f"stopped at step {global_step}" + (f"; go on with --resume {run_dir}" if checkpoints.files else ""))
         raise SystemExit(128 + stop[0])
     try:
         save(run_dir / "model.pt", args, policy, critic)

@@ -100,7 +100,7 @@ def test_evaluation_takes_the_best_draw_by_the_smaller_q():
     """Draws are -1, 0 and 1; one twin knows that x + 0.4 a should be near 0, the other always says 100."""
 
     class Policy:
-        alpha_sigma = torch.zeros(1)
+        schedule = torch.zeros(1)
 
         def sample(self, obs, num_actions, generator, dtype):
             return torch.tensor([-1.0, 0.0, 1.0])[None, :, None].expand(len(obs), 3, 1)
