@@ -494,7 +494,7 @@ def reweight(q, temperature, power, epsilon):
             too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
             low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
         top = low ** (1 / power)
-        below, above = g(top - gap), g(high ** (1 / power) - gap)  # float64 neighbours, yet far apart for small powers
+        below, above = g(top - gap), g(high ** (1 / power) - gap)  # of neighbouring tops, yet apart for small powers
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
         weights = below.lerp(above, share.clamp(0, 1))
     return weights.to(q.dtype), (q_max - temperature * top).to(q.dtype)
