@@ -746,11 +746,11 @@ if __name__ == "__main__":
             particles = old_policy.sample(batch_obs, K, generator, sampling_dtype)  # (B, K, A)
             particles += args.particle_noise * torch.randn(particles.shape, generator=generator, device=device)
             particles.clamp_(-1, 1)
-            temperature = log_temperature.exp()
+            temperature = log_temperature.detach().exp()
             with torch.no_grad():
                 particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
             check_finite(critic_loss=critic_loss, q=particle_q)
-            weights, nu = reweight(particle_q, temperature.detach())
+            weights, nu = reweight(particle_q, temperature)
 
             # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
             t = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
@@ -762,11 +762,12 @@ if __name__ == "__main__":
             policy_optimizer.param_groups[0]["lr"] = (1 - decay) * args.policy_lr + decay * args.policy_lr_end
             policy_optimizer.step()
 
-            # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights.
+            # Temperature: dual loss (30) with the entropy of the clipped and renormalised weights. Its gradient, which is
+            # the KL's distance from its target, moves log lambda: lambda stays positive and falls fast however small.
             p = weights.clamp(min=1e-6)
             p = p / p.sum(-1, keepdim=True)
             entropy = -(p * p.log()).sum(-1).mean()
-            temperature_loss = temperature * (args.target_kl - (math.log(K) - entropy))
+            temperature_loss = log_temperature * (args.target_kl - (math.log(K) - entropy))
             temperature_optimizer.zero_grad()
             temperature_loss.backward()
             temperature_optimizer.step()
@@ -785,7 +786,6 @@ if __name__ == "__main__":
             scalars = {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,
-                "loss/temperature": temperature_loss,
                 "q/mean": q.mean(),
                 "q/particle_spread": particle_q.std(-1).mean(),
                 "weights/temperature": temperature,

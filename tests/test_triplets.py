@@ -17,7 +17,7 @@ def shared_blocks(script):
     text = re.sub(r'    (power|epsilon): float = .*\n    """.*"""\n', "", text)
     text, cuts = re.subn(r"@torch.no_grad\(\)\ndef reweight.*?(?=# ---)", "", text, flags=re.S)
     assert cuts == 1
-    text, cuts = re.subn(r"reweight\(particle_q, temperature.detach\(\)(, args.power)?(, args.epsilon)?\)", "", text)
+    text, cuts = re.subn(r"reweight\(particle_q, temperature(, args.power)?(, args.epsilon)?\)", "", text)
     assert cuts == 1
     return text.replace('above_0 = "power ', 'above_0 = "').replace('at_least_0 = "epsilon ', 'at_least_0 = "')
 
