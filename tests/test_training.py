@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import simpo_neg
 
@@ -94,6 +96,18 @@ def test_refreshing_the_old_policy_iterates_the_improvement(run_script):
         for n in (50, 10**9)
     )
     assert often > never + 0.5
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 10.0])
+def test_temperature_meets_the_target_kl(run_script, temperature):
+    """(30): from far too greedy and from far too flat weights, lambda goes to where log K - H is the target."""
+    flags = (
+        f"--temperature {temperature} --temperature-lr 0.1 --learning-starts 100 --total-timesteps 2100 --eval-every 0"
+    )
+    run_dir = run_script("simpo_neg", "--env-id", "small_envs:PointMass-v0", *SMALL, *flags.split())
+    events = EventAccumulator(str(run_dir)).Reload()
+    kl = [math.log(8) - event.value for event in events.Scalars("weights/entropy")]
+    assert abs(kl[0] - 0.9) > 0.5 and np.mean(kl[-10:]) == pytest.approx(0.9, abs=0.15)
 
 
 def test_evaluation_takes_the_best_draw_by_the_smaller_q():
