@@ -794,8 +794,8 @@ if __name__ == "__main__":
             policy_optimizer.param_groups[0]["lr"] = (1 - decay) * args.policy_lr + decay * args.policy_lr_end
             policy_optimizer.step()
 
-            # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights. Its gradient, how far
-            # the KL is from its target, is applied to log lambda, which keeps lambda positive and its relative pace even.
+            # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights. Its gradient, the
+            # KL's distance from the target, moves log lambda: lambda stays positive and moves as fast when it is small.
             p = weights.clamp(min=1e-6)
             p = p / p.sum(-1, keepdim=True)
             entropy = -(p * p.log()).sum(-1).mean()
