@@ -133,7 +133,7 @@ class Args:
     wandb_project: str = "simpo"
     """Weights & Biases project"""
     evaluate: str = ""
-    """runs/<run_name> of a trained model: evaluate it (--eval-episodes, --eval-draws) and train nothing"""
+    """runs/<run_name> of a trained model: evaluate it and train nothing; its arguments hold but where given anew"""
 
     # machine
     device: str = "auto"
@@ -165,7 +165,7 @@ class RewardLandscape(gym.Wrapper):
         return obs, shaped[self.landscape], terminated, truncated, {**info, "native_reward": reward}
 
 
-class Replayable(gym.Wrapper):
+class Replayable(gym.wrappers.RecordEpisodeStatistics):
     """Episode k starts from a seed made of the first seed and k: its actions are then enough to return to any state."""
 
     def reset(self, *, seed=None, options=None):
@@ -173,14 +173,14 @@ class Replayable(gym.Wrapper):
             self.first_seed, self.episode = seed, -1
         self.episode, self.actions = self.episode + 1, []
         seed = np.random.SeedSequence([self.first_seed, self.episode]).generate_state(1)[0]
-        return self.env.reset(seed=int(seed), options=options)
+        return super().reset(seed=int(seed), options=options)
 
     def step(self, action):
         self.actions.append(np.array(action))
-        return self.env.step(action)
+        return super().step(action)
 
-    def replay(self, first_seed, episode, actions):
-        self.first_seed, self.episode = first_seed, episode - 1
+    def replay(self, episode, actions):
+        self.episode = episode - 1
         obs, _ = self.reset()
         for action in actions.numpy():
             obs, *_ = self.step(action)
@@ -189,13 +189,9 @@ class Replayable(gym.Wrapper):
 
 def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
     """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
-    if env_id.startswith("dm_control/"):
-        import shimmy
-
-        gym.register_envs(shimmy)
+    registered = f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id
     try:
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+        env = gym.make(registered, **({"render_mode": "rgb_array"} if video_folder else {}))
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
@@ -245,18 +241,19 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_dim, steps):
         super().__init__()
         self.action_dim, self.steps = action_dim, steps
-        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # (T,)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
         alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
-        # Posterior of a_s given a_t and a_0, s = t - 1/T:  mean = from_t a_t + from_0 a_0, standard deviation = spread
-        alpha_s, sigma_s = torch.cos(torch.pi / 2 * (t - 1 / steps)), torch.sin(torch.pi / 2 * (t - 1 / steps))
-        variance_ts = sigma**2 - (alpha / alpha_s * sigma_s) ** 2
-        from_t, from_0 = alpha / alpha_s * sigma_s**2 / sigma**2, alpha_s * variance_ts / sigma**2
-        spread = (variance_ts * sigma_s**2 / sigma**2).clamp(min=0).sqrt()
+        # One step goes from t to u = t - 1/T: given a_t and a_0, a_u has mean from_t a_t + from_0 a_0, deviation std.
+        u = t - 1 / steps
+        alpha_u, sigma_u = torch.cos(torch.pi / 2 * u), torch.sin(torch.pi / 2 * u)
+        variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2  # of a_t given a_u
+        from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
+        std = (variance * sigma_u**2 / sigma**2).clamp(min=0).sqrt()
+        schedule = torch.stack([alpha, sigma, from_t, from_0, std], dim=1)
         self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
-        schedule = torch.stack([alpha, sigma, from_t, from_0, spread], dim=1).float()
-        self.register_buffer("schedule", schedule, persistent=False)  # (T, 5)
+        self.register_buffer("schedule", schedule.float(), persistent=False)  # (T, 5)
         sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
 
@@ -285,10 +282,10 @@ class DiffusionPolicy(nn.Module):
     @torch.compile(dynamic=False)
     def denoise(self, noisy_action, embedding, schedule, noise):
         """One ancestral step a_t -> a_{t - 1/T}; the predicted a_0 = alpha a_t - sigma v 2/pi is kept in the bounds."""
-        alpha, sigma, from_t, from_0, spread = schedule
+        alpha, sigma, from_t, from_0, std = schedule
         velocity = self.velocity(noisy_action, embedding).float()
         action = (alpha * noisy_action - sigma * velocity).clamp(-1, 1)
-        return from_t * noisy_action + from_0 * action + spread * noise
+        return from_t * noisy_action + from_0 * action + std * noise
 
     @torch.no_grad()
     def sample(self, obs, num_actions, generator, dtype=torch.float32):
@@ -300,10 +297,10 @@ class DiffusionPolicy(nn.Module):
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
         actions = []
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for state, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
-                action = eps[self.steps]
+            for embedding, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
+                action = eps[self.steps]  # a_1
                 for i in reversed(range(self.steps)):
-                    action = self.denoise(action, state + time_embedding[i], self.schedule[i], eps[i])
+                    action = self.denoise(action, embedding + time_embedding[i], self.schedule[i], eps[i])
                 actions.append(action)
         return torch.cat(actions)
 
@@ -380,7 +377,7 @@ class ReplayBuffer:
         return obs, next_obs, action, reward[:, 0], terminated[:, 0]
 
 
-# ---------------------------------------------------------------------------------- evaluation, checkpoints, faults
+# ------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(policy, critic, args, sampling_dtype, video_folder=None, stop=()):
@@ -414,7 +411,7 @@ def evaluate(policy, critic, args, sampling_dtype, video_folder=None, stop=()):
 def write_evaluations(run_dir, evaluations):
     """runs/<run_name>/eval.csv, one row per evaluation, and learning_curve.png: mean and standard deviation."""
     with open(run_dir / "unfinished", "w", newline="") as file:
-        table = csv.DictWriter(file, evaluations[0])
+        table = csv.DictWriter(file, max(evaluations, key=len))  # --resume may have changed --eval-episodes
         table.writeheader()
         table.writerows(evaluations)
     os.replace(run_dir / "unfinished", run_dir / "eval.csv")
@@ -425,6 +422,9 @@ def write_evaluations(run_dir, evaluations):
     axes.fill_between(step, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
+
+
+# ------------------------------------------------- to skip at first: files, checkpoints, faults and the machine
 
 
 def write(path, content):
@@ -457,22 +457,12 @@ def save(path, args, policy, critic):
     write(path, {"script": Path(__file__).stem, "args": asdict(args)} | networks)
 
 
-def load(path, device):
-    """Reads what `save` wrote: the run's Args, the policy, the critic."""
+def load(path):
+    """What `save` wrote."""
     try:
-        model = read(path, device)
+        return read(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--evaluate: {path} is no trained model: {error}") from None
-    if model["script"] != Path(__file__).stem:
-        raise SystemExit(f"--evaluate: {path} was trained by {model['script']}.py; evaluate it with that script")
-    args = Args(**model["args"])
-    env = make_env(args.env_id)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
-    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
-    policy.load_state_dict(model["policy"])
-    critic.load_state_dict(model["critic"])
-    return args, policy, critic
 
 
 class Checkpoints:
@@ -514,8 +504,6 @@ class Checkpoints:
             except (OSError, ValueError) as error:
                 print(f"{path} cannot be used: {error}")
                 continue
-            if state["script"] != Path(__file__).stem:
-                raise SystemExit(f"--resume: {path} is of {state['script']}.py; resume it with that script")
             self.files = state["files"]
             return state
         raise SystemExit(f"--resume: there is no whole checkpoint in {self.folder}")
@@ -569,8 +557,12 @@ def check(args):
             raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(args, name)}")
 
 
-def pick_machine(args):
-    """The device and the dtype in which actions are drawn; turns torch.compile off if unwanted or not working."""
+def set_up_process(args):
+    """The device and the dtype in which actions are drawn; sets warnings, rendering and torch.compile."""
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # only videos are rendered
     try:
         fastest = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(fastest if args.device == "auto" else args.device)
@@ -592,36 +584,44 @@ def pick_machine(args):
 
 
 if __name__ == "__main__":
+    # Arguments. --evaluate and --resume take those of the run; flags given now win, except some that cannot change.
     args = tyro.cli(Args, description=__doc__)
     run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or f"runs/{run_name}")
+    run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     checkpoints = Checkpoints(run_dir / "checkpoint")
-    if args.resume:
-        state = checkpoints.load()
-        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))  # flags given now win, but for some:
-        for name in "env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps".split():
+    if args.evaluate or args.resume:
+        state = load(run_dir / "model.pt") if args.evaluate else checkpoints.load()
+        if state["script"] != Path(__file__).stem:
+            raise SystemExit(f"{run_dir} was trained by {state['script']}.py; go on with that script")
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+        fixed = """env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps buffer_size critic_lr
+            temperature temperature_lr"""
+        for name in fixed.split():
             if getattr(args, name) != state["args"][name]:
-                raise SystemExit(f"--resume: {run_dir} was made with --{name.replace('_', '-')} {state['args'][name]}")
+                raise SystemExit(f"{run_dir} was made with --{name.replace('_', '-')} {state['args'][name]}")
     check(args)
-    gym.logger.min_level = gym.logger.ERROR  # which calls the paper's v4 environments outdated
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # nothing is drawn but videos
-    device, sampling_dtype = pick_machine(args)
+    device, sampling_dtype = set_up_process(args)
 
-    if args.evaluate:
-        trained_args, policy, critic = load(Path(args.evaluate) / "model.pt", device)
-        trained_args.eval_episodes, trained_args.eval_draws = args.eval_episodes, args.eval_draws
-        video_folder = str(Path(args.evaluate) / "videos") if args.capture_video else None
-        returns, native_returns = evaluate(policy, critic, trained_args, sampling_dtype, video_folder)
-        print(f"{trained_args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-        if trained_args.reward_landscape != "native":
-            print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
-        raise SystemExit
-
+    # Environments and networks.
     make = [lambda: Replayable(make_env(args.env_id, args.reward_landscape, args.landscape_c))] * args.num_envs
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    torch.manual_seed(args.seed)  # the networks
+    generator = torch.Generator(device).manual_seed(args.seed)  # every draw in training
+    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
+    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
 
+    if args.evaluate:
+        policy.load_state_dict(state["policy"])
+        critic.load_state_dict(state["critic"])
+        video_folder = str(run_dir / "videos") if args.capture_video else None
+        returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder)
+        print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+        if args.reward_landscape != "native":
+            print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
+        raise SystemExit
+
+    # The run's directory and logs.
     if args.resume:
         for path in run_dir.glob("events.*"):  # what came after the checkpoint will be written again
             os.truncate(path, state["event_files"].get(path.name, 0))
@@ -639,11 +639,11 @@ if __name__ == "__main__":
         except wandb.Error as error:
             print(f"recording for Weights & Biases offline, upload it with wandb sync: {error}")
             mode = "offline"
-        run = dict(project=args.wandb_project, name=run_dir.name, config=asdict(args), dir=run_dir, mode=mode)
-        wandb.init(**run, id=run_dir.name, resume="allow", sync_tensorboard=True)
+        run = dict(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), dir=run_dir, mode=mode)
+        wandb.init(**run, project=args.wandb_project, sync_tensorboard=True)
     writer = SummaryWriter(run_dir)
     atexit.register(attempt, run_dir / "events*", writer.close)
-    threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose error `log` meets again
+    threading.excepthook = lambda failure: None  # silences TensorBoard's thread: add_scalar raises its error again
 
     def log(scalars):
         for name, value in scalars.items():
@@ -655,24 +655,23 @@ if __name__ == "__main__":
                 good = checkpoints.folder / checkpoints.files[0] if checkpoints.files else "none"
                 raise SystemExit(f"stopped at step {global_step}: {name} is not finite; last good checkpoint: {good}")
 
+    def passed(every):
+        """How many multiples of `every` the last step passed; `every` 0 is never."""
+        return every and global_step // every - max(0, global_step - args.num_envs) // every
+
     print(f"{run_dir} on {device}, actions drawn in {sampling_dtype}, {'compiled' if args.compile else 'not compiled'}")
 
-    torch.manual_seed(args.seed)  # the networks
-    generator = torch.Generator(device).manual_seed(args.seed)  # every draw in training
-    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
+    # Targets, temperature, optimisers, buffer; with --resume all as the checkpoint has it.
     old_policy = copy.deepcopy(policy).requires_grad_(False)
-    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     critic_target = copy.deepcopy(critic).requires_grad_(False)
     log_temperature = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     temperature_optimizer = torch.optim.Adam([log_temperature], lr=args.temperature_lr)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
-
-    K, B = args.num_particles, args.batch_size
     global_step, num_updates, evaluations, latest = 0, 0, [], {}
-    episode_return, start = np.zeros(args.num_envs), time.time()
     obs, _ = envs.reset(seed=args.seed)
+    start = time.time()
     parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
     parts |= dict(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer)
     parts |= dict(temperature_optimizer=temperature_optimizer)
@@ -682,38 +681,39 @@ if __name__ == "__main__":
         log_temperature.data.fill_(state["log_temperature"])
         generator.set_state(state["generator"])
         global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
-        episode_return, start = state["episode_return"].numpy(), start - state["seconds"]
+        start -= state["seconds"]
         checkpoints.restore(buffer)
         obs = np.stack([env.replay(*episode) for env, episode in zip(envs.envs, state["episodes"], strict=True)])
         if not np.array_equal(obs, state["obs"].numpy()):
             warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
-    checkpoint_at, evaluated_at = global_step, evaluations[-1]["step"] if evaluations else 0
+
+    def checkpoint():
+        check_finite(policy=parameters_to_vector(policy.parameters()), critic=parameters_to_vector(critic.parameters()))
+        attempt(run_dir / "events*", writer.flush)
+        episodes = [(env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
+        sizes = {path.name: path.stat().st_size for path in run_dir.glob("events.*")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(script=Path(__file__).stem, args=asdict(args), seconds=time.time() - start)
+        state |= dict(global_step=global_step, num_updates=num_updates, evaluations=evaluations)
+        state |= dict(log_temperature=log_temperature.item(), generator=generator.get_state(), event_files=sizes)
+        state |= dict(episodes=episodes, obs=torch.tensor(obs))
+        attempt(checkpoints.folder, checkpoints.save, global_step, state, buffer)
+
+    K, B = args.num_particles, args.batch_size
     stop = catch_signals()
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     while True:
         last = global_step >= args.total_timesteps
 
         # Checkpoint, when due, at the end, or asked to stop.
-        due = args.checkpoint_every and global_step // args.checkpoint_every > checkpoint_at // args.checkpoint_every
-        if due or args.checkpoint_every and (last or stop) and global_step > checkpoint_at:
-            check_finite(policy=parameters_to_vector(policy.parameters()))
-            check_finite(critic=parameters_to_vector(critic.parameters()))
-            attempt(run_dir / "events*", writer.flush)
-            episodes = [(env.first_seed, env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
-            sizes = {path.name: path.stat().st_size for path in run_dir.glob("events.*")}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(script=Path(__file__).stem, args=asdict(args), seconds=time.time() - start)
-            state |= dict(global_step=global_step, num_updates=num_updates, evaluations=evaluations)
-            state |= dict(log_temperature=log_temperature.item(), generator=generator.get_state(), event_files=sizes)
-            state |= dict(episodes=episodes, episode_return=torch.tensor(episode_return), obs=torch.tensor(obs))
-            attempt(checkpoints.folder, checkpoints.save, global_step, state, buffer)
-            checkpoint_at = global_step
+        due = passed(args.checkpoint_every) or last or stop
+        if args.checkpoint_every and due and f"state_{global_step}" not in checkpoints.files:
+            checkpoint()
         if stop:
             break
 
         # Evaluate, when due and at the end.
-        due = args.eval_every and global_step // args.eval_every > evaluated_at // args.eval_every
-        if due or args.eval_every and last and global_step > evaluated_at:
+        if args.eval_every and (passed(args.eval_every) or last):
             video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
             try:
                 returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder, stop)
@@ -725,7 +725,7 @@ if __name__ == "__main__":
                 continue
             if stop:
                 continue
-            evaluated_at, latest["eval"] = global_step, returns.mean()
+            latest["eval"] = returns.mean()
             row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
             row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
             row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
@@ -737,7 +737,7 @@ if __name__ == "__main__":
             break
         global_step += args.num_envs
 
-        # Act: one draw from the policy, and store; the successor of a finished episode is its own last observation.
+        # Act with one draw from the policy, and store. The next observation of a finished episode is its own last one.
         if global_step <= args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
@@ -745,23 +745,20 @@ if __name__ == "__main__":
             action = policy.sample(obs_tensor, 1, generator, sampling_dtype)[:, 0]
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         done = terminated | truncated
-        successor = next_obs.copy()
+        real_next_obs = next_obs.copy()
         for i in np.flatnonzero(done):
-            successor[i] = infos["final_obs"][i]
-        check_finite(observation=successor, reward=reward)
-        buffer.add(obs, successor, action, reward, terminated)
+            real_next_obs[i] = infos["final_obs"][i]
+        check_finite(observation=real_next_obs, reward=reward)
+        buffer.add(obs, real_next_obs, action, reward, terminated)
         obs = next_obs
-        episode_return += reward
         if done.any():
-            latest["train"] = episode_return[done].mean()
+            latest["train"] = infos["final_info"]["episode"]["r"][done].mean()
             log({"train/return": latest["train"]})
-            episode_return[done] = 0
 
-        updates_due = global_step // args.steps_per_update - (global_step - args.num_envs) // args.steps_per_update
-        for _ in range(updates_due if global_step > args.learning_starts else 0):
+        for _ in range(passed(args.steps_per_update) if global_step > args.learning_starts else 0):
             batch_obs, batch_next_obs, batch_action, batch_reward, batch_terminated = buffer.sample(B, generator)
 
-            # Critics: Bellman target with one action of the policy and the smaller target Q; only terminations end it.
+            # Critics: Bellman target with one action of the policy and the smaller target Q; time limits bootstrap.
             with torch.no_grad():
                 next_action = policy.sample(batch_next_obs, 1, generator, sampling_dtype)  # (B, 1, A)
                 next_q = critic_target(batch_next_obs, next_action).amin(0)[:, 0]  # (B,)
@@ -788,12 +785,12 @@ if __name__ == "__main__":
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
             policy_optimizer.zero_grad()
             policy_loss.backward()
-            decay = global_step / args.total_timesteps
-            policy_optimizer.param_groups[0]["lr"] = (1 - decay) * args.policy_lr + decay * args.policy_lr_end
+            frac = global_step / args.total_timesteps
+            policy_optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
             policy_optimizer.step()
 
-            # Temperature: dual loss (30), with the entropy of the clipped and renormalised weights. Its gradient, the
-            # KL's distance from the target, moves log lambda: lambda stays positive and moves as fast when it is small.
+            # Temperature: dual loss (30) with the entropy of the weights, clipped to be positive and normalised. Its
+            # gradient moves log lambda: lambda stays positive, and its relative change per step does not depend on it.
             p = weights.clamp(min=1e-6)
             p = p / p.sum(-1, keepdim=True)
             entropy = -(p * p.log()).sum(-1).mean()
@@ -812,7 +809,7 @@ if __name__ == "__main__":
                 old_policy.load_state_dict(policy.state_dict())
 
         progress.update(args.num_envs)
-        if num_updates and global_step % args.log_every < args.num_envs:
+        if num_updates and passed(args.log_every):
             scalars = {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,

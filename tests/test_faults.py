@@ -1,5 +1,6 @@
 """What survives a kill, a signal, a full or read-only disk, a damaged file and a number that is not finite."""
 
+import csv
 import hashlib
 import io
 import os
@@ -116,11 +117,23 @@ def test_damaged_checkpoints(run_in, monkeypatch, tmp_path, capsys):
 
 def test_resume_refuses_what_does_not_fit(run_in):
     run_dir, _ = run_in("run", "simpo_neg", *FLAGS[:-2], "--total-timesteps", "60")
-    assert "is of simpo_neg.py" in run_in("run", "simpo_exp", "--resume", run_dir)[1]
+    assert "trained by simpo_neg.py" in run_in("run", "simpo_exp", "--resume", run_dir)[1]
     code = run_in("run", "simpo_neg", "--resume", run_dir, "--env-id", "Hopper-v4")[1]
     assert "made with --env-id small_envs:PointMass-v0" in code
+    code = run_in("run", "simpo_neg", "--resume", run_dir, "--buffer-size", "300")[1]
+    assert "made with --buffer-size 150" in code
     assert "--epsilon must be" in run_in("run", "simpo_neg", "--resume", run_dir, "--epsilon", "-1")[1]
     assert "no whole checkpoint" in run_in("run", "simpo_neg", "--resume", "runs/nothing")[1]
+
+
+def test_resume_takes_new_flags(run_in):
+    """More steps, and more episodes in an evaluation: one table still holds both."""
+    run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "180")
+    flags = ["--total-timesteps", "270", "--eval-episodes", "7", "--no-compile"]
+    assert run_in("run", "simpo_neg", "--resume", run_dir, *flags) == (run_dir, None)
+    rows = list(csv.DictReader((run_dir / "eval.csv").open()))
+    assert [float(row["step"]) for row in rows] == [90, 180, 270]
+    assert [row["return_7"] != "" for row in rows] == [False, True, True]  # the last checkpoint precedes the evaluation
 
 
 def test_loading_executes_nothing(tmp_path):
