@@ -434,12 +434,15 @@ def write(path, content):
     data = io.BytesIO()
     torch.save(content, data)
     aside = path.with_name("unfinished")
-    with open(aside, "wb") as file:
-        file.write(data.getbuffer())
-        file.write(hashlib.sha256(data.getbuffer()).digest())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.getbuffer())
+            file.write(hashlib.sha256(data.getbuffer()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # or it would fill what is left of a disk
 
 
 def read(path, device="cpu"):
@@ -488,7 +491,7 @@ class Checkpoints:
             write(self.folder / files[-1], buffer.rows[where].cpu())
             write(self.folder / files[0], state | {"files": files})
         except OSError:
-            (self.folder / files[-1]).unlink(missing_ok=True)  # or they would fill what is left of the disk
+            (self.folder / files[-1]).unlink(missing_ok=True)
             raise
         for path in self.folder.iterdir():
             if path.name not in files + self.files:
@@ -544,7 +547,7 @@ def check(args):
     """Raises SystemExit with one line for the first argument that makes no sense."""
     at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
         steps_per_update buffer_size eval_episodes eval_draws log_every"""
-    above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip landscape_c"
+    above_0 = "power temperature temperature_lr policy_lr critic_lr error_clip"
     at_least_0 = "epsilon checkpoint_every particle_noise policy_lr_end learning_starts eval_every seed"
     log_k = math.log(max(args.num_particles, 1))
     shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
@@ -552,6 +555,7 @@ def check(args):
     rules += [(name, 0 < getattr(args, name) < math.inf, "above 0 and finite") for name in above_0.split()]
     rules += [(name, 0 <= getattr(args, name) < math.inf, "at least 0 and finite") for name in at_least_0.split()]
     rules += [(name, 0 <= getattr(args, name) <= 1, "from 0 to 1") for name in ("discount", "tau")]
+    rules += [("landscape_c", 0 < args.landscape_c <= 700, "above 0 and at most 700")]  # e^c must be finite
     rules += [("target_kl", 0 < args.target_kl < log_k, f"above 0 and below log(num_particles) = {log_k:.2f}")]
     rules += [("env_id", not shaped or args.env_id in tasks, f"{' or '.join(tasks)} for --reward-landscape")]
     for name, fulfilled, rule in rules:
@@ -580,7 +584,10 @@ def set_up_process(args):
     if not args.compile:
         torch.compiler.set_stance("force_eager")
     if args.sampling_dtype == "auto":
-        has_bfloat16 = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         return device, torch.bfloat16 if has_bfloat16 else torch.float32
     return device, getattr(torch, args.sampling_dtype)
 
@@ -595,7 +602,8 @@ if __name__ == "__main__":
         state = load(run_dir / "model.pt") if args.evaluate else checkpoints.load()
         if state["script"] != Path(__file__).stem:
             raise SystemExit(f"{run_dir} was trained by {state['script']}.py; go on with that script")
-        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+        kept = state["args"] | ({"capture_video": False} if args.evaluate else {})
+        args = tyro.cli(Args, description=__doc__, default=Args(**kept))
         fixed = """env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps buffer_size critic_lr
             temperature temperature_lr"""
         for name in fixed.split():
@@ -671,7 +679,7 @@ if __name__ == "__main__":
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     temperature_optimizer = torch.optim.Adam([log_temperature], lr=args.temperature_lr)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
-    global_step, num_updates, evaluations, latest = 0, 0, [], {}
+    global_step, num_updates, evaluations, latest, critic_loss = 0, 0, [], {}, None
     obs, _ = envs.reset(seed=args.seed)
     start = time.time()
     parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
@@ -787,7 +795,7 @@ if __name__ == "__main__":
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
             policy_optimizer.zero_grad()
             policy_loss.backward()
-            frac = global_step / args.total_timesteps
+            frac = min(global_step / args.total_timesteps, 1)
             policy_optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
             policy_optimizer.step()
 
@@ -800,6 +808,7 @@ if __name__ == "__main__":
             temperature_optimizer.zero_grad()
             temperature_loss.backward()
             temperature_optimizer.step()
+            log_temperature.data.clamp_(min=-20)  # ties at the bounds of the actions can keep the KL below any target
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
 
             # Target critics follow the critics, the old policy is replaced whole.
@@ -811,7 +820,7 @@ if __name__ == "__main__":
                 old_policy.load_state_dict(policy.state_dict())
 
         progress.update(args.num_envs)
-        if num_updates and passed(args.log_every):
+        if critic_loss is not None and passed(args.log_every):
             scalars = {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,

@@ -29,6 +29,10 @@ BAD = [
     ("--env-id small_envs:DiscreteObservations-v0", "must be continuous"),
     ("--env-id small_envs:UnboundedActions-v0", "must be continuous"),
     ("--env-id Hopper-v4 --reward-landscape exp", "--env-id must be dm_control/cheetah-run-v0 or"),
+    (
+        "--env-id dm_control/cheetah-run-v0 --reward-landscape exp --landscape-c 800",
+        "--landscape-c must be above 0 and",
+    ),
     ("--device nonsense", "--device nonsense"),
     ("--evaluate runs/nothing", "--evaluate"),
 ]

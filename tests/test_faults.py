@@ -128,7 +128,8 @@ def test_resume_refuses_what_does_not_fit(run_in):
 
 def test_resume_takes_new_flags(run_in):
     """More steps, and more episodes in an evaluation: one table still holds both."""
-    run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "180")
+    sparse = ["--steps-per-update", "30", "--log-every", "5"]  # logs before the first update after a resume
+    run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "180", *sparse)
     flags = ["--total-timesteps", "270", "--eval-episodes", "7", "--no-compile"]
     assert run_in("run", "simpo_neg", "--resume", run_dir, *flags) == (run_dir, None)
     rows = list(csv.DictReader((run_dir / "eval.csv").open()))

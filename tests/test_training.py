@@ -1,6 +1,8 @@
 """The training loop: Bellman targets, buffer, evaluation, determinism, and that each script learns."""
 
+import copy
 import csv
+import importlib
 import json
 import math
 
@@ -9,10 +11,16 @@ import pytest
 import torch
 from conftest import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_weights import bisect, g_signed
 
 import simpo_neg
 
 SCRIPTS = ["simpo_exp", "simpo_power", "simpo_neg"]
+LOGGED = {
+    *("loss/critic", "loss/policy", "q/mean", "q/particle_spread", "weights/temperature", "weights/entropy"),
+    *("weights/share_negative", "weights/negative_mass", "weights/max", "weights/effective_actions"),
+    *("policy/action_spread", "speed/steps_per_second", "train/return", "eval/return", "eval/native_return"),
+}
 
 
 def read_eval(run_dir):
@@ -22,6 +30,80 @@ def read_eval(run_dir):
 
 def read_model(run_dir):
     return torch.load(run_dir / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_the_papers(script):
+    """The table of appendix F and section 4; below them what the paper leaves open and the authors' code sets."""
+    table = dict(critic_lr=3e-4, policy_lr=3e-4, policy_lr_end=3e-5, diffusion_steps=20, hidden_dim=256)
+    table |= dict(buffer_size=10**6, num_envs=5, total_timesteps=10**6, steps_per_update=5, eval_episodes=20)
+    table |= dict(num_particles=32, target_kl=1.5)
+    table |= dict(batch_size=256, discount=0.99, tau=0.005, old_policy_interval=1000, particle_noise=0.2)
+    table |= dict(error_clip=5.0, eval_draws=10)
+    args = vars(importlib.import_module(script).Args())
+    assert {name: args[name] for name in table} == table
+
+
+def test_two_updates_by_hand(run_script):
+    """Every network after two updates is what Algorithm 1 makes of the same transitions and random numbers."""
+    flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 45 --old-policy-interval 2 --eval-every 0"
+    flags += " --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02"
+    flags += " --temperature 0.01 --temperature-lr 0.2"
+    run_dir = run_script("simpo_neg", *SMALL, *flags.split())
+    rows = simpo_neg.read(run_dir / "checkpoint" / "rows_0_45")
+    result = simpo_neg.read(run_dir / "checkpoint" / "state_45")
+    torch.manual_seed(1)
+    policy, critic = simpo_neg.DiffusionPolicy(3, 1, 32, 5), simpo_neg.Critic(3, 1, 32)
+    old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)
+    log_temperature = torch.tensor(np.log(0.01), requires_grad=True)
+    policy_adam, critic_adam = torch.optim.Adam(policy.parameters()), torch.optim.Adam(critic.parameters(), 0.02)
+    temperature_adam = torch.optim.Adam([log_temperature], 0.2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(7):
+        torch.rand(5, 1, generator=generator)  # random actions
+    for step in (40, 45):
+        policy.sample(rows[step - 5 : step, :3], 1, generator)  # acting
+        batch = rows[torch.randint(step, (32,), generator=generator)]
+        obs, next_obs, action, reward, terminated = batch.split([3, 3, 1, 1, 1], dim=1)
+
+        with torch.no_grad():
+            next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, 32)
+        target = reward[:, 0] + 0.99 * (1 - terminated[:, 0]) * torch.minimum(next_q[0], next_q[1])
+        first, second = critic(obs, action[:, None])[..., 0]
+        critic_adam.zero_grad()
+        (((first - target) ** 2).mean() / 2 + ((second - target) ** 2).mean() / 2).backward()
+        critic_adam.step()
+
+        particles = old_policy.sample(obs, 8, generator)
+        particles = (particles + 0.5 * torch.randn(32, 8, 1, generator=generator)).clip(-1, 1)
+        with torch.no_grad():
+            q = critic(obs, particles).double().sum(0).numpy() / 2
+        weights = np.stack([bisect(x, log_temperature.exp().item(), lambda y: g_signed(y, 1.0, 0.5)) for x in q])
+        assert (weights < 0).any()
+
+        t, noise = torch.randint(5, (32, 8), generator=generator), torch.randn(32, 8, 1, generator=generator)
+        angle = torch.pi / 2 * (t[..., None] + 1) / 5
+        states, times = policy.embed(obs)
+        predicted = policy.velocity(angle.cos() * particles + angle.sin() * noise, states + times[t])
+        error = (predicted - (angle.cos() * noise - angle.sin() * particles)) ** 2
+        policy_adam.param_groups[0]["lr"] = 0.1 - 0.09 * step / 45
+        policy_adam.zero_grad()
+        (torch.tensor(weights, dtype=torch.float32)[..., None] * error.clip(max=0.5)).mean().backward()
+        policy_adam.step()
+
+        p = np.maximum(weights, 1e-6) / np.maximum(weights, 1e-6).sum(-1, keepdims=True)
+        temperature_adam.zero_grad()
+        (log_temperature * (0.9 - (p * np.log(8 * p)).sum(-1).mean())).backward()
+        temperature_adam.step()
+        for name, x in critic_target.state_dict().items():
+            x.copy_(0.7 * x + 0.3 * critic.state_dict()[name])
+    old_policy = copy.deepcopy(policy)
+
+    assert result["log_temperature"] == pytest.approx(log_temperature.item(), abs=1e-4)
+    by_hand = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
+    for part, module in by_hand.items():
+        for name, x in module.state_dict().items():
+            torch.testing.assert_close(result[part][name], x, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("env_id, q1", [("TimeLimit-v0", 1 / (1 - 0.5)), ("Terminal-v0", 1.0)])
@@ -78,6 +160,7 @@ def test_learns_a_point_mass(run_script, capsys, script):
     assert float(rows[-1]["std"]) == pytest.approx(np.std(returns), abs=1e-3)
     assert float(rows[-1]["mean"]) > -1.0
     assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 2400
+    assert set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]) == LOGGED
     assert (run_dir / "learning_curve.png").stat().st_size > 0 and list(run_dir.glob("events.out.tfevents.*"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -110,8 +193,16 @@ def test_temperature_meets_the_target_kl(run_script, temperature):
     assert abs(kl[0] - 0.9) > 0.5 and np.mean(kl[-10:]) == pytest.approx(0.9, abs=0.15)
 
 
+def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):
+    """No weights reach log 8 = 2.0794415: lambda falls and falls; at 0 there would be no weights, so it ends at e^-20."""
+    flags = "--target-kl 2.07944 --temperature-lr 1 --learning-starts 100 --total-timesteps 900 --eval-every 0"
+    run_dir = run_script("simpo_neg", "--env-id", "small_envs:PointMass-v0", *SMALL, *flags.split())
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert events.Scalars("weights/temperature")[-1].value == pytest.approx(math.exp(-20))
+
+
 def test_evaluation_takes_the_best_draw_by_the_smaller_q():
-    """Draws are -1, 0 and 1; one twin knows that x + 0.4 a should be near 0, the other always says 100."""
+    """Draws are -1, 0 and 1; one twin knows that x + 0.4 a should be near 0, the other overestimates, most of all 1."""
 
     class Policy:
         schedule = torch.zeros(1)
@@ -121,7 +212,7 @@ def test_evaluation_takes_the_best_draw_by_the_smaller_q():
 
     def critic(obs, action):
         knows = -((obs[:, None] + 0.4 * action) ** 2)[..., 0]
-        return torch.stack([knows, torch.full_like(knows, 100.0)])
+        return torch.stack([knows, 100.0 * (action[..., 0] == 1)])
 
     args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50)
     returns, native = simpo_neg.evaluate(Policy(), critic, args, torch.float32)

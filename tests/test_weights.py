@@ -68,12 +68,12 @@ def test_equal_to_float64_bisection_and_keeps_the_order(reweight, settings_of_g,
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(cases())
     def check(case):
-        q, temperature = case
+        q, temperature = case[0], torch.tensor(case[1], dtype=case[0].dtype)  # a tensor, as in training
         weights, nu = (x.cpu() for x in reweight(q.to(device), temperature, *settings_of_g))
         assert weights.shape == q.shape and nu.shape == (*q.shape[:-1], 1)
         assert weights.dtype == nu.dtype == q.dtype
         rows, w = q.double().reshape(-1, q.shape[-1]).numpy(), weights.double().reshape(-1, q.shape[-1]).numpy()
-        expected = np.stack([bisect(row, temperature, g) for row in rows])
+        expected = np.stack([bisect(row, temperature.item(), g) for row in rows])
         largest = expected.max(axis=-1, keepdims=True)
         np.testing.assert_array_less(np.abs(w - expected) / largest, 1e-5)
         np.testing.assert_allclose(w.mean(-1), 1, rtol=1e-5 if q.dtype == torch.float32 else 1e-9)
