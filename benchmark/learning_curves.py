@@ -6,10 +6,11 @@ python benchmark/learning_curves.py all                   # train whatever has n
 """
 
 import csv
-import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -26,52 +27,55 @@ VARIANTS = {  # label, colour (Okabe-Ito), command
     "square": ("Square", "#009E73", "simpo_power.py --power 2"),
     "lin-neg": ("Lin. Neg.", "#D55E00", "simpo_neg.py --power 1 --epsilon 0.5"),
 }
-GROUPS = {  # picture: (title, flags, variants)
-    "halfcheetah": (
-        "HalfCheetah-v4, the paper's settings",
-        "--env-id HalfCheetah-v4 --total-timesteps 100000 --eval-every 5000",
-        list(VARIANTS),
-    ),
-    "humanoid": (
-        "Humanoid-v4, the paper's settings",
-        "--env-id Humanoid-v4 --total-timesteps 30000 --eval-every 5000",
-        ["lin-neg"],
-    ),
+GROUPS = {  # picture: (title, flags, step at which a run is stopped, variants); all else as in the paper's 1M steps
+    "halfcheetah": ("HalfCheetah-v4", "--env-id HalfCheetah-v4", 50_000, list(VARIANTS)),
+    "humanoid": ("Humanoid-v4", "--env-id Humanoid-v4", 30_000, ["lin-neg"]),
     "cheetah-run": (
-        "dm_control/cheetah-run-v0, sqrt landscape, the paper's settings",
-        "--env-id dm_control/cheetah-run-v0 --reward-landscape sqrt --total-timesteps 30000 --eval-every 5000",
+        "dm_control/cheetah-run-v0, sqrt landscape",
+        "--env-id dm_control/cheetah-run-v0 --reward-landscape sqrt",
+        30_000,
         ["lin-neg"],
     ),
 }
 RUNS = {
-    f"{variant}-{group}": f"{VARIANTS[variant][2]} {flags}"
-    for group, (_, flags, variants) in GROUPS.items()
+    f"{variant}-{group}": (f"{VARIANTS[variant][2]} {flags} --eval-every 5000", stop)
+    for group, (_, flags, stop, variants) in GROUPS.items()
     for variant in variants
 }
 
 
+def read(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def run(name):
-    """Trains in runs/learning_curves/NAME, going on where a stopped run was, and keeps its eval.csv; seed 1."""
+    """Trains in runs/learning_curves/NAME, going on where a stopped run was; stops it and keeps its eval.csv; seed 1."""
     folder = ROOT / "runs" / "learning_curves" / name
     folder.mkdir(parents=True, exist_ok=True)
-    script, *flags = RUNS[name].split()
+    (script, *flags), stop = RUNS[name][0].split(), RUNS[name][1]
     for checkpoint in folder.glob("runs/*/checkpoint"):
         flags = ["--resume", checkpoint.parent]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, check=True, env=environment)
+    process = subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder)
+    while process.poll() is None and not any(
+        float(row["step"]) >= stop for path in folder.glob("runs/*/eval.csv") for row in read(path)
+    ):
+        time.sleep(10)
+    process.terminate()
+    if process.wait() not in (0, 128 + signal.SIGTERM):
+        raise SystemExit(f"{name} failed")
     (result,) = folder.glob("runs/*/eval.csv")
     shutil.copy(result, FOLDER / f"{name}.csv")
 
 
 def draw():
-    for group, (title, _, variants) in GROUPS.items():
+    for group, (title, _, _, variants) in GROUPS.items():
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for variant in variants:
             path = FOLDER / f"{variant}-{group}.csv"
             if not path.exists():
                 continue
-            with open(path) as file:
-                rows = list(csv.DictReader(file))
+            rows = read(path)
             step, mean, std = (np.array([float(row[key]) for row in rows]) for key in ("step", "mean", "std"))
             label, colour, _ = VARIANTS[variant]
             axes.plot(step, mean, color=colour, label=label, marker="o", markersize=3)
