@@ -50,7 +50,7 @@ def read(path):
 
 
 def run(name):
-    """Trains in runs/learning_curves/NAME, going on where a stopped run was; stops it and keeps its eval.csv; seed 1."""
+    """Trains with seed 1 in runs/learning_curves/NAME, going on where a stopped run was, and keeps its eval.csv."""
     folder = ROOT / "runs" / "learning_curves" / name
     folder.mkdir(parents=True, exist_ok=True)
     (script, *flags), stop = RUNS[name][0].split(), RUNS[name][1]

@@ -194,7 +194,7 @@ def test_temperature_meets_the_target_kl(run_script, temperature):
 
 
 def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):
-    """No weights reach log 8 = 2.0794415, so lambda falls and falls; at 0 there would be no weights: it ends at e^-20."""
+    """No weights reach log 8 = 2.0794415, so lambda falls and falls; it ends at e^-20, as at 0 there are no weights."""
     flags = "--target-kl 2.07944 --temperature-lr 1 --learning-starts 100 --total-timesteps 900 --eval-every 0"
     run_dir = run_script("simpo_neg", "--env-id", "small_envs:PointMass-v0", *SMALL, *flags.split())
     events = EventAccumulator(str(run_dir)).Reload()
