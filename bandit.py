@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tyro==1.0.17", "tqdm==4.70.1"]
 # ///
-"""The one-dimensional experiments of SiMPO, section 5.1 (Figures 1 to 3), and where their claims hold (Figure 4).
+"""The one-dimensional experiments of SiMPO, section 5.1 (Figures 1 to 3), and where their claims hold (our Figure 4).
 
 A single state, an action a in R, a known reward r(a) with two optima, and flow policies that improve in rounds:
 

@@ -87,7 +87,7 @@ class Args:
     particle_noise: float = 0.2
     """standard deviation of the Gaussian added to the K actions, in units of half the action range"""
     error_clip: float = 5.0
-    """upper limit of a squared velocity error in (7), per action dimension; it bounds the loss in case II"""
+    """upper limit of a squared velocity error of (7) over (pi/2)^2, per action dimension; bounds the loss in case II"""
 
     # diffusion and optimisation (table in appendix F)
     diffusion_steps: int = 20
