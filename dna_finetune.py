@@ -938,7 +938,10 @@ def pick_machine(args):
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.sampling_dtype == "auto":
-        has_bfloat16 = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if device.type == "cuda":
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         return device, torch.bfloat16 if has_bfloat16 else torch.float32
     return device, getattr(torch, args.sampling_dtype)
 
