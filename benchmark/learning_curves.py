@@ -27,6 +27,11 @@ VARIANTS = {  # label, colour (Okabe-Ito), command
     "square": ("Square", "#009E73", "simpo_power.py --power 2"),
     "lin-neg": ("Lin. Neg.", "#D55E00", "simpo_neg.py --power 1 --epsilon 0.5"),
 }
+STYLES = {  # the commit that a curve was made in, at the end of its file's name
+    "": "-",  # the present one
+    "a27b718": "--",  # policy_lr falls over the shorter run
+    "2077825": ":",  # so it does there, and lambda moves more slowly the smaller it is
+}
 GROUPS = {  # picture: (title, flags, step at which a run is stopped, variants); all else as in the paper's 1M steps
     "halfcheetah": ("HalfCheetah-v4", "--env-id HalfCheetah-v4", 50_000, list(VARIANTS)),
     "humanoid": ("Humanoid-v4", "--env-id Humanoid-v4", 30_000, ["lin-neg"]),
@@ -69,17 +74,16 @@ def run(name):
 
 
 def draw():
+    """One picture per group; NAME-COMMIT.csv was made by the same command in an older commit."""
     for group, (title, _, _, variants) in GROUPS.items():
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for variant in variants:
-            path = FOLDER / f"{variant}-{group}.csv"
-            if not path.exists():
-                continue
-            rows = read(path)
-            step, mean, std = (np.array([float(row[key]) for row in rows]) for key in ("step", "mean", "std"))
             label, colour, _ = VARIANTS[variant]
-            axes.plot(step, mean, color=colour, label=label, marker="o", markersize=3)
-            axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+            for path in sorted(FOLDER.glob(f"{variant}-{group}*.csv")):
+                commit, rows = path.stem.removeprefix(f"{variant}-{group}")[1:], read(path)
+                step, mean, std = (np.array([float(row[key]) for row in rows]) for key in ("step", "mean", "std"))
+                axes.plot(step, mean, STYLES[commit], color=colour, label=f"{label} {commit}", marker="o", markersize=3)
+                axes.fill_between(step, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         if axes.lines:
             axes.set(xlabel="environment steps", ylabel="evaluation return (mean, std over episodes)", title=title)
             axes.legend(frameon=False)
