@@ -188,12 +188,12 @@ def test_a_loss_is_not_finite(run_in, monkeypatch):
 
 
 def on_small_disk(tmp_path, commands):
-    """Runs bash commands in an empty tmpfs of 300 KB that only they see; $DISK is it, $RUN the training's command."""
+    """Runs bash commands in an empty tmpfs of 9 MB that only they see; $DISK is it, $RUN the training's command."""
     flags = ["--env-id", "Pendulum-v1", *SMALL, "--learning-starts", "100", "--total-timesteps", "800"]
     flags += ["--checkpoint-every", "100", "--eval-every", "200", "--eval-episodes", "2", "--log-every", "5"]
     run = " ".join([sys.executable, str(ROOT / "simpo_neg.py"), *flags])
     variables = os.environ | {"DISK": str(tmp_path), "RUN": run, "SIMPO": f"{sys.executable} {ROOT / 'simpo_neg.py'}"}
-    script = f"set -e; mount -t tmpfs -o size=300k tmpfs $DISK; cd $DISK; {commands}"
+    script = f"set -e; mount -t tmpfs -o size=9m tmpfs $DISK; cd $DISK; {commands}"
     command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script]
     if not shutil.which("unshare") or subprocess.run([*command[:4], "true"], capture_output=True).returncode:
         pytest.skip("needs Linux namespaces to mount a small disk")
@@ -205,7 +205,8 @@ def test_full_disk(tmp_path):
     """Training reaches its end, names once what is missing, exits with 1; given space again, --resume completes it."""
     rc, output = on_small_disk(
         tmp_path,
-        """$RUN || test $? = 1; echo AND NOW; ls runs/*/checkpoint; mount -o remount,size=9m $DISK
+        """$RUN & until ls runs/*/eval.csv; do sleep 0.05; done; dd if=/dev/zero of=fill || true
+        wait %1 || test $? = 1; echo AND NOW; ls runs/*/checkpoint; rm fill
         $SIMPO --resume runs/*; tail -n 1 runs/*/eval.csv; ls runs/*""",
     )
     assert rc == 0, output
@@ -219,7 +220,7 @@ def test_full_disk(tmp_path):
 def test_directory_turns_read_only(tmp_path):
     rc, output = on_small_disk(
         tmp_path,
-        """mount -o remount,size=9m $DISK; $RUN & until ls runs/*/eval.csv; do sleep 0.05; done
+        """$RUN & until ls runs/*/eval.csv; do sleep 0.05; done
         until mount -o remount,ro $DISK; do :; done; wait %1 || test $? = 1; echo AND NOW; mount -o remount,rw $DISK
         $SIMPO --resume runs/*; tail -n 1 runs/*/eval.csv; ls runs/*""",
     )
