@@ -189,6 +189,7 @@ class Replayable(gym.wrappers.RecordEpisodeStatistics):
 
 def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
     """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     registered = f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id
     try:
         env = gym.make(registered, **({"render_mode": "rgb_array"} if video_folder else {}))
@@ -564,7 +565,6 @@ def check(args):
 def set_up_process(args):
     """The device and the dtype in which actions are drawn; sets warnings, rendering and torch.compile."""
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # only videos are rendered
     try:

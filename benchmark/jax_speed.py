@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from omegaconf import OmegaConf
 
+if len(sys.argv) != 4:
+    raise SystemExit("usage: python benchmark/jax_speed.py FLOW_RL_FOLDER OBSERVATION_SIZE ACTION_SIZE")
 folder, obs_dim, action_dim = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.path.insert(0, folder)
 from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402

@@ -67,7 +67,7 @@ def run(name):
     ):
         time.sleep(10)
     process.terminate()
-    if process.wait() not in (0, 128 + signal.SIGTERM):
+    if process.wait() not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):  # - if it was there before and had just begun
         raise SystemExit(f"{name} failed")
     (result,) = folder.glob("runs/*/eval.csv")
     shutil.copy(result, FOLDER / f"{name}.csv")

@@ -213,6 +213,7 @@ def test_full_disk(tmp_path):
     first, second = output.split("AND NOW")
     for name in ("checkpoint", "model.pt", "events*"):
         assert first.count(f"/{name} cannot be written: No space left on device\n") == 1 + (name == "model.pt"), first
+    assert "unfinished" not in second, second  # a failed write gives its space back
     assert "trained, but" in first and "Traceback" not in output
     assert "\n800.0," in second and "model.pt" in second and "cannot be" not in second, second
 

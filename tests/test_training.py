@@ -97,7 +97,7 @@ def test_two_updates_by_hand(run_script):
         temperature_adam.step()
         for name, x in critic_target.state_dict().items():
             x.copy_(0.7 * x + 0.3 * critic.state_dict()[name])
-    old_policy = copy.deepcopy(policy)
+    old_policy = copy.deepcopy(policy)  # after every second update
 
     assert result["log_temperature"] == pytest.approx(log_temperature.item(), abs=1e-4)
     by_hand = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
