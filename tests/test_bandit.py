@@ -1,197 +1,34 @@
-"""bandit.py: weights, matching, regret and independence of trials, each against something it did not compute itself."""
+"""bandit.py: regret, intervals, independence of trials, and the command as a user types it."""
 
+import csv
 import math
 import runpy
+import signal
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from conftest import ROOT
 
 import bandit
 from bandit import METHODS, Args, Trial
 
-SMALL = Args(rounds=6, updates=4, groups=2, sweep_seeds=2, seeds=2)
-
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
-def weights_by_bisection(q, temperature, method, epsilon):
-    """w = g((q - nu) / temperature) with nu bisected in float64 until the mean weight is 1."""
-    g = {
-        "Exp": lambda y: math.exp(min(y, 700)),
-        "Linear": lambda y: max(y, 0.0),
-        "Square": lambda y: max(y, 0.0) ** 2,
-        "Lin. Neg.": lambda y: max(y, -epsilon),
-    }[method]
-    best, K = max(q), len(q)
-    low, high = 0.0, 1.0  # of y_max = (max q - nu) / temperature
-    if method == "Exp":
-        low = -1.0
-    while sum(g(high - (best - x) / temperature) for x in q) < K:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if sum(g(middle - (best - x) / temperature) for x in q) < K:
-            low = middle
-        else:
-            high = middle
-    return [g(high - (best - x) / temperature) for x in q]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    q=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=40),
-    temperature=st.floats(-3, 2).map(lambda x: 10**x),
-    method=st.sampled_from(METHODS),
-    epsilon=st.floats(0, 5),
-    offset=st.sampled_from([0.0, -1000.0, 4096.0]),
-)
-@example(q=[i / 31 for i in range(32)], temperature=0.4, method="Lin. Neg.", epsilon=0.5, offset=0.0)
-@example(q=[0.7], temperature=0.1, method="Lin. Neg.", epsilon=0.5, offset=0.0)
-@example(q=[0.7] * 32, temperature=0.1, method="Square", epsilon=0.0, offset=4096.0)
-@example(q=[1.0, 1.0, 0.0, 0.0], temperature=1e-3, method="Linear", epsilon=0.0, offset=0.0)
-def test_weights_agree_with_bisection(q, temperature, method, epsilon, offset):
-    q = torch.tensor(q, dtype=torch.float64) + offset
-    weights, nu = bandit.reweight(q, temperature, method, epsilon)
-    expected = torch.tensor(weights_by_bisection(q.tolist(), temperature, method, epsilon), dtype=torch.float64)
-    assert weights.mean().item() == pytest.approx(1, abs=1e-9)
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
-    top = (q - nu).max() / temperature  # nu is the one that the weights were made with
-    assert {"Exp": top.exp(), "Square": top**2}.get(method, top).item() == pytest.approx(weights.max().item(), rel=1e-4)
-
-
-def test_weights_batch_float32_without_gradient():
-    q = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    temperature = torch.tensor([0.01, 0.1, 1.0]).view(3, 1, 1)
-    for method in METHODS:
-        weights, nu = bandit.reweight(q, temperature, method, 0.5)
-        assert weights.dtype == nu.dtype == torch.float32 and not weights.requires_grad
-        assert weights.shape == (3, 5, 32) and nu.shape == (3, 5, 1)
-        for i in range(3):
-            alone, _ = bandit.reweight(q[i, 2], temperature[i].item(), method, 0.5)
-            torch.testing.assert_close(weights[i, 2], alone)
-    assert bandit.reweight(q, 0.05, "Lin. Neg.", 0.5)[0].min() == -0.5
-
-
-def test_dual_step_reaches_the_target_kl():
-    q = torch.rand(1, 4, 32, generator=torch.Generator().manual_seed(0))
-    for method in METHODS:
-        log_temperature = torch.zeros(1, 1, 1, dtype=torch.float64)
-        for _ in range(300):
-            weights, _ = bandit.reweight(q, log_temperature.exp(), method, 0.3)
-            log_temperature = bandit.dual_step(log_temperature, weights, torch.tensor([[1.5]]), 0.2)
-        p = weights.double().clamp(min=1e-6) / weights.double().clamp(min=1e-6).sum(-1, keepdim=True)
-        assert (math.log(32) + (p * p.log()).sum(-1)).mean().item() == pytest.approx(1.5, abs=1e-3), method
-
-
-# --------------------------------------------------------------------------------------------------------- matching
-
-# Weights whose product with the old policy N(0, 1) is a mixture of Gaussians, so that (8) and (10) are known exactly:
-# w(a) = sum_j c_j exp(-(a - m_j)^2 / (2 s_j^2)), normalised below.
-POSITIVE = [(1.0, 0.8, 0.5), (0.3, -1.0, 0.6)]
-SIGNED = [(1.0, 0.0, 1e6), (-1.25, 0.3, 0.5)]  # negative around 0.3, yet case I for all t >= T_SIGNED
-T_SIGNED = 0.5
-
-
-def signed_mixture(bumps):
-    """Components (mass, mean, std) of w pi_old with pi_old = N(0, 1), of total mass 1, and w as a function."""
-    parts = []
-    for c, m, s in bumps:
-        variance = s**2 / (1 + s**2)
-        parts.append(
-            (c * math.sqrt(variance) * math.exp(-0.5 * m**2 / (1 + s**2)), m / (1 + s**2), math.sqrt(variance))
-        )
-    total = sum(part[0] for part in parts)
-    w = lambda a: sum(c * torch.exp(-0.5 * ((a - m) / s) ** 2) for c, m, s in bumps) / total  # noqa: E731
-    return [(mass / total, mean, std) for mass, mean, std in parts], w
-
-
-def path_density_and_velocity(parts, x, t):
-    """(10) and (8) in units of pi/2 from the components: each is Gaussian along the path, with a linear velocity."""
-    alpha, sigma = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
-    density = velocity = 0
-    for mass, mean, std in parts:
-        variance = alpha**2 * std**2 + sigma**2
-        p = mass * torch.exp(-0.5 * (x - alpha * mean) ** 2 / variance) / math.sqrt(2 * math.pi * variance)
-        action = mean + alpha * std**2 / variance * (x - alpha * mean)  # E[a_0 | a_t = x] in this component
-        density, velocity = density + p, velocity + p * (alpha * (x - alpha * action) / sigma - sigma * action)
-    return density, velocity / density
-
-
-def kolmogorov(draws, parts, t):
-    """Largest gap between the draws' distribution function and that of (10)."""
-    alpha, sigma = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
-    x = draws.double().sort().values
-    cdf = sum(m * torch.special.ndtr((x - alpha * mu) / math.sqrt((alpha * s) ** 2 + sigma**2)) for m, mu, s in parts)
-    return (cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max().item()
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    """Policies fitted by (7) to N(0, 1) with the positive, the signed and no weights."""
-    weigh = [signed_mixture(POSITIVE)[1], signed_mixture(SIGNED)[1], torch.ones_like]
-    return bandit.fit(weigh, Args(fit_updates=1200))[0]
-
-
-@pytest.mark.parametrize(
-    "index, bumps, times, most", [(0, POSITIVE, (0.2, 0.5, 0.8), 0.05), (1, SIGNED, (T_SIGNED, 0.65, 0.8), 0.15)]
-)
-def test_learned_velocity_is_the_closed_form(fitted, index, bumps, times, most):
-    parts, _ = signed_mixture(bumps)
-    x = torch.linspace(-3, 3, 601)
-    for t in times:
-        density, velocity = path_density_and_velocity(parts, x.double(), t)
-        assert (density > 0).all()  # case I
-        time = torch.full((3, len(x)), t)
-        with torch.no_grad():
-            learned = fitted.velocity(x.expand(3, -1), time, fitted.time_features(time)).double()
-        error = ((learned - velocity) ** 2 * density / density.sum()).sum(1).sqrt()  # root mean square under (10)
-        assert error[index] < most, (t, error)
-        assert error[2] > 3 * error[index], (t, error)  # an unweighted fit is far off
-
-
-def test_figure_closed_form_is_the_closed_form():
-    parts, w = signed_mixture(SIGNED)
-    grid, x = torch.linspace(-8, 8, 4001, dtype=torch.float64), torch.linspace(-3, 3, 61, dtype=torch.float64)
-    mass = torch.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi) * (grid[1] - grid[0])
-    velocity, expected_w = bandit.closed_form(x, 0.6, grid, mass, w(grid))
-    torch.testing.assert_close(velocity, path_density_and_velocity(parts, x, 0.6)[1], rtol=1e-6, atol=1e-8)
-    old, _ = path_density_and_velocity([(1.0, 0.0, 1.0)], x, 0.6)
-    torch.testing.assert_close(expected_w, path_density_and_velocity(parts, x, 0.6)[0] / old, rtol=1e-6, atol=1e-8)
-
-
-def test_generated_density_is_the_path(fitted):
-    """(10): the sampler at t = 0 for positive weights; the flow's own ODE down to T_SIGNED for signed ones."""
-    generator = torch.Generator().manual_seed(1)
-    positive, signed = signed_mixture(POSITIVE)[0], signed_mixture(SIGNED)[0]
-    draws = fitted.sample(torch.randn(3, 51, 8_000, generator=generator), 6.0)
-    assert kolmogorov(draws[0], positive, 0.0) < 0.03 < 0.1 < kolmogorov(draws[2], positive, 0.0)
-    x, steps = torch.randn(3, 8_000, generator=generator), 50
-    with torch.no_grad():
-        for i in range(steps):
-            time = torch.full_like(x, 1 - (1 - T_SIGNED) * (i + 0.5) / steps)
-            half = x - (1 - T_SIGNED) / steps / 2 * math.pi / 2 * fitted.velocity(x, time, fitted.time_features(time))
-            x = x - (1 - T_SIGNED) / steps * math.pi / 2 * fitted.velocity(half, time, fitted.time_features(time))
-    assert kolmogorov(x[1], signed, T_SIGNED) < 0.045 < 0.09 < kolmogorov(x[2], signed, T_SIGNED)
-
-
-# -------------------------------------------------------------------------------------------------- regret and trials
+SMALL = Args(rounds=6, updates=4, groups=2, seeds=2)
+FLAGS = "--seeds 2 --rounds 3 --updates 2 --fit-updates 40 --groups 1".split()
 
 
 def test_regret_on_a_known_integral():
     """E_{a ~ N(m, s^2)} exp(-(a - c)^2 / (2 w^2)) = w / sqrt(w^2 + s^2) exp(-(m - c)^2 / (2 (w^2 + s^2)))."""
-    args = replace(SMALL, rounds=1, updates=1, groups=128, action_bound=30.0, diffusion_steps=100)
+    args = replace(SMALL, rounds=1, updates=1, groups=128, action_bound=30.0, diffusion_steps=40)
     for start, std, width, height in ((-1.0, 0.8, 0.3, 0.5), (0.9, 0.5, 0.6, 0.7)):
         base = Trial(distance=20.0, height=height, width=width, start=start, start_std=std)  # one bump is all it sees
         regret, _ = bandit.train([replace(base, seed=seed) for seed in range(4)], args)
         gap, peak = abs(abs(start) - 1) * 10, height if start < 0 else 1.0
         known = 1 - peak * width / math.hypot(width, std) * math.exp(-0.5 * gap**2 / (width**2 + std**2))
-        assert regret[:, 0].mean().item() == pytest.approx(known, abs=0.008)
+        assert regret[..., 0].mean() == pytest.approx(known, abs=0.008)
 
 
 def test_optimum_is_one_at_half_the_distance():
@@ -203,66 +40,147 @@ def test_optimum_is_one_at_half_the_distance():
 
 
 def test_trials_do_not_depend_on_their_company():
-    base = replace(bandit.ESCAPE, start_std=1.0)
-    trials = bandit.trials_for(base, METHODS, 3, SMALL)
-    together, draws = bandit.train(trials, SMALL)
-    for method in METHODS:
-        i = [n for n, trial in enumerate(trials) if trial.method == method]
-        alone, alone_draws = bandit.train([trials[n] for n in i], SMALL)
-        assert torch.equal(alone, together[i]) and torch.equal(alone_draws, draws[i]), method
-    one, _ = bandit.train([trials[7]], SMALL)
-    chunks, _ = bandit.train(trials[::-1], replace(SMALL, batch_trials=5))
-    assert one.shape == (1, 7) and torch.equal(one[0], together[7]) and torch.equal(chunks.flip(0), together)
-    assert len({tuple(row.tolist()) for row in together}) == len(trials)  # all methods and seeds differ
+    args = replace(SMALL, seeds=3)
+    together, draws = bandit.train(bandit.trials_for(bandit.ESCAPE, METHODS, args), args)
+    assert together.shape == (4, 3, 7) and draws.shape == (4, 3, 7, 64)
+    for m, method in enumerate(METHODS):
+        trials = bandit.trials_for(bandit.ESCAPE, [method], args)
+        alone, alone_draws = bandit.train(trials, args)
+        assert np.array_equal(alone[0], together[m]) and np.array_equal(alone_draws[0], draws[m]), method
+        pair, _ = bandit.train(trials[1:], args)
+        assert np.array_equal(pair[0], together[m, 1:]), method
+    assert len(np.unique(together.reshape(12, 7), axis=0)) == 12  # all methods and seeds differ
 
 
-def test_share_interval_is_wilsons():
+def test_a_policy_learns_from_its_rewards():
+    """A few rounds halve the regret of every method where there is nothing to be trapped by."""
+    args = Args(seeds=4, rounds=12)
+    regret, _ = bandit.train(bandit.trials_for(bandit.BROAD, METHODS, args), args)
+    assert (regret[..., -1].mean(1) < 0.5 * regret[..., 0].mean(1)).all(), regret.mean(1)
+
+
+def test_intervals_are_wilsons_and_the_bootstrap_s():
     assert bandit.share_interval([True] * 27 + [False] * 3) == pytest.approx([0.9, 0.7438, 0.9654], abs=1e-4)
+    x = np.random.default_rng(1).normal(3, 2, (400, 2))
+    half = 1.96 * x.std(0) / 20
+    mean, low, high = bandit.mean_interval(x)
+    np.testing.assert_allclose([mean, low, high], [x.mean(0), x.mean(0) - half, x.mean(0) + half], atol=0.03)
+    assert (low < mean).all() and (mean < high).all()
+
+
+def test_summary_counts_by_hand():
+    """Three rounds of which the last ten are all; the lesser optimum's regret is 0.5."""
+    trials = bandit.trials_for(bandit.ESCAPE, ["Linear", "Square"], SMALL)
+    regret = np.array([[[0.8, 0.5, 0.2], [0.8, 0.4, 0.36]], [[0.9, 0.4, 0.2], [1.0, 1.0, 1.0]]])
+    linear, square = bandit.summarise("x", trials, regret)
+    assert (linear["reached"], linear["trapped"], linear["trials"]) == (0, 2, 2)
+    assert (square["reached"], square["trapped"], square["minus_square"]) == (0, 1, 0)
+    assert linear["final"] == linear["mean"] == pytest.approx(0.51) and linear["minus_square"] == pytest.approx(-0.24)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["bandit.py", *map(str, flags)])
-    runpy.run_path(str(Path(bandit.__file__)), run_name="__main__")
+def run(monkeypatch, *flags, script="bandit"):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own handlers
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+
+def start(*flags, **options):
+    command = [sys.executable, bandit.__file__, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_every_figure_and_same_seed_same_files(tmp_path, monkeypatch):
-    small = "--seeds 2 --sweep-seeds 1 --rounds 3 --updates 2 --fit-updates 40 --groups 1".split()
-    command = [sys.executable, bandit.__file__, *small, "--save-dir", tmp_path / "a"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
-    names = [f"figure{i}.{kind}" for i in (1, 2, 3, 4) for kind in ("csv", "png")]
-    names += ["figure2_histograms.csv", "figure3_sweeps.csv", "summary.csv"]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(names)
-    assert all(method in output.stdout for method in METHODS) and "figure 4" in output.stderr  # a table, and progress
-    run(monkeypatch, "--figure", 2, *small, "--save-dir", tmp_path / "b")
-    run(monkeypatch, "--figure", 2, *small, "--save-dir", tmp_path / "c", "--seed", 7)
+    process = start(*FLAGS, cwd=tmp_path)
+    output, progress = process.communicate()
+    assert process.returncode == 0, progress
+    made = tmp_path / "runs/bandit"
+    names = [f"figure{i}.{kind}" for i in (1, 2, 3) for kind in ("csv", "png")]
+    assert sorted(path.name for path in made.iterdir()) == sorted([*names, "figure2_histograms.csv", "summary.csv"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    assert all(method in output for method in METHODS) and "figure 3, sharp" in progress  # a table, and progress
+    rows = list(csv.DictReader(open(made / "summary.csv")))
+    assert [(row["figure"], row["setting"]) for row in rows] == [("2", "escape")] * 4 + [("3", "broad")] * 3 + [
+        ("3", "sharp")
+    ] * 3
+    run(monkeypatch, "--figure", 2, *FLAGS, "--save-dir", tmp_path / "b")
+    run(monkeypatch, "--figure", 2, *FLAGS, "--save-dir", tmp_path / "c", "--seed", 7)
     for name in ("figure2.csv", "figure2.png", "figure2_histograms.csv"):
-        a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        a, b, c = ((folder / name).read_bytes() for folder in (made, tmp_path / "b", tmp_path / "c"))
         assert a == b and a != c, name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_with_128_and_its_number(tmp_path, number):
+    process = start("--figure", 2, "--save-dir", tmp_path)
+    assert "round" in process.stderr.read(120)  # the progress bar is there
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "flags, wrong",
     [
-        ("--seeds 0", "--seeds must be at least 1; got 0"),
+        ("--seeds 1", "--seeds must be at least 2; got 1"),
+        ("--rounds 0", "--rounds must be at least 1; got 0"),
         ("--epsilon -1", "--epsilon must be at least 0 and finite; got -1"),
         ("--epsilon nan", "--epsilon must be at least 0 and finite; got nan"),
-        ("--figure 5", "--figure must be one of 1, 2, 3, 4, all; got 5"),
+        ("--temperature 0", "--temperature must be above 0 and finite; got 0"),
+        ("--figure 4", "--figure must be 1, 2, 3 or all; got 4"),
+        ("--solver euler", "--solver must be dpm or ddpm; got euler"),
+        ("--diffusion-steps 2", "--diffusion-steps must be at least 3 with --solver dpm; got 2"),
+        ("--solver ddpm --diffusion-steps 0", "--diffusion-steps must be at least 1; got 0"),
         ("--target-kl 4", "--target-kl must be above 0 and below log(num_particles) = 3.47; got 4"),
         ("--save-dir /proc/nowhere", "--save-dir /proc/nowhere: cannot write there"),
-        ("--device cuda:99", "--device cuda:99"),
-        ("--seeds many", "--seeds"),
-        ("--sedes 3", "--sedes"),
     ],
 )
-def test_bad_flags_get_one_line(tmp_path, monkeypatch, capsys, flags, wrong):
+def test_bad_values_get_one_line(tmp_path, monkeypatch, capsys, flags, wrong):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bandit, "train", None)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *flags.split())
     line = str(stop.value.code)
     assert wrong in line and "\n" not in line.strip() and len(line) < 300
     assert capsys.readouterr().out == ""
-    assert not list(tmp_path.rglob("*.png"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--seeds many", "--sedes 3"])
+def test_unreadable_flags_are_named(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *flags.split())
+    assert stop.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{f.name.replace('_', '-')} " in text for f in fields(Args))
+    assert all(symbol in text for symbol in ("lambda", "delta", "epsilon", "DPM-Solver++(2M)"))
+
+
+def test_map_changes_what_it_says(tmp_path, monkeypatch):
+    """benchmark/bandit_map.py on a small scale: the swept field reaches the trials, or the arguments."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    import bandit_map
+
+    seen = []
+
+    def train(trials, args, name):
+        seen.append((trials[0].distance, trials[0].height, args.error_clip, trials[-1].epsilon))
+        return np.tile(np.linspace(1, 0, 81), (len({(t.method, t.epsilon) for t in trials}), 2, 1)), None
+
+    monkeypatch.setattr(bandit_map, "train", train)
+    monkeypatch.setattr(bandit_map, "DISTANCES", (1.2, 2.8))
+    monkeypatch.setattr(bandit_map, "OTHERS", {"height": (0.3, 0.9), "error_clip": (5.0, 30.0)})
+    bandit_map.escape_map(bandit_map.Args(seeds=2, save_dir=tmp_path))
+    assert seen[:2] == [(1.2, 0.5, 1e3, 1.0), (2.8, 0.5, 1e3, 1.0)]
+    assert seen[2:] == [(2.0, 0.3, 1e3, 0.3), (2.0, 0.9, 1e3, 0.3), (2.0, 0.5, 5.0, 0.3), (2.0, 0.5, 30.0, 0.3)]
+    rows = list(csv.DictReader(open(tmp_path / "escape_map.csv")))
+    assert len(rows) == 2 * 8 + 4 * 4 and {row["reached"] for row in rows} == {"2"}
