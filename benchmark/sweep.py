@@ -1,0 +1,151 @@
+"""Runs scripts x environments x flags x seeds on this machine or a Ray cluster; the same command again goes on.
+
+    python benchmark/sweep.py --scripts simpo_exp.py simpo_neg.py --env-ids HalfCheetah-v4 Hopper-v4 \
+        --seeds 1 2 3 4 5 --flags "" "epsilon=1 power=2" --frame "total-timesteps=30000 hidden-dim=64"
+    python benchmark/sweep.py --scripts simpo_exp.py "simpo_neg.py power=2" ...   # flags of one script only
+    RAY_ADDRESS=auto python benchmark/sweep.py ...   # on a cluster; --out and the scripts on a disk that all nodes see
+
+Each run has a folder of its own, OUT/SCRIPT/ENVIRONMENT/FLAGS/SEED/: `log`, `command`, `finished` if it is, and runs/
+as the script makes it. A run that is killed, with its Ray worker or its node, is tried again from its checkpoint.
+The table is printed and kept as OUT/table.csv. The exit code is 1 if a run failed.
+"""
+
+import fcntl
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")  # that is signal 9: they get SIGTERM, see train
+
+import numpy as np  # noqa: E402
+import ray  # noqa: E402
+import stats  # noqa: E402
+import tyro  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+@dataclass
+class Args:
+    scripts: list[str]  # paths, each with flags that it alone gets, if any: simpo_exp.py "simpo_neg.py power=2"
+    env_ids: list[str]
+    seeds: list[int]
+    flags: list[str]  # without dashes; each is one more method: "" "epsilon=1 power=2" "no-compile"
+    frame: str = ""  # flags that all runs get, written in the same way; not named in the table
+    out: Path = Path("runs/sweep")  # folder of all runs
+    cpus: float = 1  # CPU cores per run, and its threads
+    gpus: float = 0  # GPUs per run; 0.25 puts four runs on one, 0 hides them from the runs
+    retries: int = 10  # how often a run that was killed is tried again
+    column: Literal["mean", "native_mean"] = "mean"  # column of eval.csv in the table
+
+
+class Killed(Exception):
+    """The training was ended by a signal: it is worth another try."""
+
+
+def train(folder, command, cpus, gpus):
+    """Runs command in folder, or goes on where it was, unless it is finished; returns when it is.
+
+    Raises Killed if a signal ended it, RuntimeError with one line that says why if it failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, int(cpus)))
+    env = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"], threads)
+    env = os.environ | env | {"TQDM_DISABLE": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    # The training holds the lock, too, so that it is never joined by another one when this worker is killed.
+    with open(folder / "lock", "w") as lock, open(folder / "log", "a") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(os.getpid(), "on", os.uname().nodename, file=lock, flush=True)
+        if (folder / "command").exists() and (folder / "command").read_text() != shlex.join(command):
+            raise RuntimeError(f"{folder} was made by another command, see {folder / 'command'}; choose another --out")
+        (folder / "command").write_text(shlex.join(command))
+        if (folder / "finished").exists():
+            return
+        checkpoints = list(folder.glob("runs/*/checkpoint.pt"))
+        if checkpoints:
+            command = [*command[:1], "--resume", str(checkpoints[0].parent.relative_to(folder))]
+        else:  # it was killed before there was anything to go on from
+            shutil.rmtree(folder / "runs", ignore_errors=True)
+        print(f"$ {shlex.join(command)}", file=log, flush=True)
+        command = [sys.executable, *command]
+        if shutil.which("setpriv"):  # Linux: a training whose worker is killed saves and stops instead of going on
+            command = ["setpriv", "--pdeathsig", "TERM", *command]
+        # In a session of its own Ctrl-C does not reach it twice.
+        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        code = subprocess.run(
+            command, cwd=folder, env=env, pass_fds=[lock.fileno()], start_new_session=True, **streams
+        ).returncode
+        last = last_line((folder / "log").read_text(errors="replace"))
+        if code < 0 or code > 128:
+            raise Killed(f"killed by signal {-code if code < 0 else code - 128}, again and again; {folder}/log: {last}")
+        if code:
+            raise RuntimeError(f"exit code {code}; {folder}/log: {last}")
+        if len(list(folder.glob("runs/*/eval.csv"))) != 1:
+            raise RuntimeError(f"it ended well, yet {folder}/runs has no eval.csv")
+        (folder / "finished").touch()
+
+
+def last_line(text):
+    """The last line, or the first one in the last box that tyro has drawn around its message."""
+    lines = text.splitlines()
+    if lines[-1].startswith("╰"):
+        lines = text.rpartition("╭")[2].splitlines()[1:2]
+    return lines[-1].strip("│ ")
+
+
+def words(flags):
+    return [f"--{flag}" for flag in flags.split()]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    for script, *_ in map(str.split, args.scripts):
+        if not Path(script).is_file():
+            raise SystemExit(f"--scripts {script}: there is no such file")
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, include_dashboard=False)
+    for name, wanted in ("CPU", args.cpus), ("GPU", args.gpus):
+        if wanted > max(node["Resources"].get(name, 0) for node in ray.nodes()):
+            raise SystemExit(f"--{name.lower()}s {wanted}: no machine here has as many")
+    options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries, retry_exceptions=[Killed])
+    task = ray.remote(train).options(**options)
+    running = {}
+    for entry, env_id, flags, seed in itertools.product(args.scripts, args.env_ids, args.flags, args.seeds):
+        script, *own = entry.split()
+        flags = " ".join([*own, *flags.split()])
+        folder = Path(script).stem, env_id.replace("/", "-"), flags.replace("/", "-") or "none", str(seed)
+        command = [str(Path(script).resolve()), "--env-id", env_id, "--seed", str(seed)]
+        command += words(args.frame) + words(flags)
+        folder = args.out.resolve().joinpath(*folder)
+        running[task.remote(folder, command, args.cpus, args.gpus)] = folder, (script, env_id, flags), seed
+
+    values, failed = {}, []  # (script, environment, flags) -> {seed: return}
+    progress = tqdm(total=len(running), unit="run", smoothing=0, dynamic_ncols=True)
+    while running:
+        done, _ = ray.wait(list(running), timeout=1)
+        for run in done:
+            folder, method, seed = running.pop(run)
+            try:
+                ray.get(run)
+                (path,) = folder.glob("runs/*/eval.csv")
+                values.setdefault(method, {})[seed] = stats.read(path, args.column)[1][-1]
+            except Exception as error:  # whatever it is, the others go on
+                reason = str(getattr(error, "cause", None) or error).strip().splitlines()
+                failed.append(f"FAILED {' '.join(method)} seed {seed}: {reason[0]}")
+                progress.write(failed[-1])
+        progress.update(len(done))
+        progress.refresh()
+    progress.close()
+
+    rows = []
+    for (script, env_id, flags), returns in values.items():
+        figures = map(float, stats.interval(stats.iqm, np.array(list(returns.values()))))
+        rows.append([Path(script).name, env_id, flags, " ".join(map(str, sorted(returns))), *figures])
+    stats.write(args.out / "table.csv", "script environment flags seeds iqm low high".split(), rows)
+    print(*failed, sep="\n")
+    raise SystemExit(bool(failed))
