@@ -234,7 +234,7 @@ def reweight(q, temperature, power, epsilon):
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
-    gap = (q_max - q.double()) / temperature  # (..., K) >= 0: y = y_max - gap with y_max = (q_max - nu) / temperature
+    gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = y_max - gap, y_max = (q_max - nu) / temperature
 
     def g(y):
         return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
@@ -259,7 +259,7 @@ def reweight(q, temperature, power, epsilon):
             too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
             low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
         y_max = low ** (1 / power)
-        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # of neighbours, yet apart for small powers
+        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # neighbours, yet apart for small powers
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
         weights = below.lerp(above, share.clamp(0, 1))
     return weights.to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
@@ -665,7 +665,7 @@ def save(path, state):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"{path} cannot be written, is there room? {str(error).splitlines()[0]}") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -1,0 +1,196 @@
+"""benchmark/dna_convert.py and dna_quality.py: published files become ours, and what is said of models is right."""
+
+import csv
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_dna_data import text, write_table
+from test_dna_runs import run_dna  # noqa: F401
+
+import dna_finetune as dna
+from benchmark import dna_convert, dna_quality
+
+
+class Published(nn.Module):
+    """The network as the DRAKES release stores it: 5 letters in and out, with a time embedding; stacks = 2."""
+
+    def __init__(self, width=8, stacks=2):
+        super().__init__()
+        self.linear = nn.Conv1d(5, width, 9, padding=4)
+        fourier = nn.Module()
+        fourier.W = nn.Parameter(30 * torch.randn(width // 2), requires_grad=False)
+        self.time_embedder = nn.Sequential(fourier, nn.Linear(width, width))
+        d = [dilation for dilation in (1, 1, 4, 16, 64) for _ in range(stacks)]
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 9, dilation=n, padding=4 * n) for n in d)
+        self.time_layers = nn.ModuleList(nn.ModuleDict(dict(dense=nn.Linear(width, width))) for _ in d)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in d)
+        self.final_conv = nn.Sequential(nn.Conv1d(width, width, 1), nn.ReLU(), nn.Conv1d(width, 5, 1))
+
+    def forward(self, x):
+        angle = torch.zeros(len(x), 1) * self.time_embedder[0].W * 2 * math.pi  # time 0
+        time = F.relu(self.time_embedder[1](torch.cat([angle.sin(), angle.cos()], -1)))
+        feat = F.relu(self.linear(F.one_hot(x, 5).float().transpose(1, 2)))
+        for conv, layer, norm in zip(self.convs, self.time_layers, self.norms, strict=True):
+            h = norm((feat + layer["dense"](time)[:, :, None]).transpose(1, 2)).transpose(1, 2)
+            feat = feat + F.relu(conv(h))
+        logits = self.final_conv(feat).transpose(1, 2)
+        logits[..., 4] = -1e6
+        return logits.log_softmax(-1)[..., :4]
+
+
+def test_published_checkpoint_with_averaged_weights(tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    published, average = Published(), Published()
+    average.time_embedder[0].W = published.time_embedder[0].W
+    config = types.ModuleType("omegaconf_of_the_test")  # a class that is not there when the file is read
+    config.DictConfig = type("DictConfig", (), dict(__module__="omegaconf_of_the_test"))
+    monkeypatch.setitem(sys.modules, "omegaconf_of_the_test", config)
+    instance = config.DictConfig()
+    instance.content = {"lr": 1}
+    shadow = [p.detach() for p in average.parameters() if p.requires_grad]
+    state = {f"backbone.{name}": value for name, value in published.state_dict().items()}
+    content = dict(state_dict=state, ema=dict(decay=0.9999, shadow_params=shadow), hyper_parameters=instance)
+    torch.save(content, tmp_path / "pretrained.ckpt")
+    torch.save(state, tmp_path / "plain.ckpt")
+    monkeypatch.delitem(sys.modules, "omegaconf_of_the_test")
+    x = torch.randint(5, (4, 40))
+    for name, network in (("pretrained.ckpt", average), ("plain.ckpt", published)):
+        dna_convert.denoiser(tmp_path / name, tmp_path / "ours.pt")
+        loaded = dna.load_model("denoiser", tmp_path / "ours.pt", 40, "cpu")
+        torch.testing.assert_close(loaded(x), network(x).detach(), atol=1e-4, rtol=1e-4)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed-by-a-checkpoint"),))
+
+
+def test_other_files_get_one_line_and_execute_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"hyper_parameters": Malicious(), "state_dict": {}}, "evil.ckpt")
+    Path("text.ckpt").write_text("no checkpoint")
+    for name, message in {"evil.ckpt": "is no checkpoint", "text.ckpt": "is no checkpoint"}.items():
+        with pytest.raises(SystemExit, match=f"{name} {message}") as error:
+            dna_convert.denoiser(Path(name), Path("ours.pt"))
+        assert "\n" not in error.value.code
+    assert not Path("executed-by-a-checkpoint").exists() and not Path("ours.pt").exists()
+    torch.save({"state_dict": {}}, "denoiser.ckpt")
+    for name, message in {
+        "denoiser.ckpt": "is no gReLU checkpoint",
+        grelu_file("oracle.ckpt"): "pip install gReLU",
+    }.items():
+        monkeypatch.setitem(sys.modules, "grelu", None)
+        with pytest.raises(SystemExit, match=message):
+            dna_convert.oracle(Path(name), Path("ours.pt"), write_table(tmp_path / "t.csv", ["seq,hepg2", "ACGT,1"]))
+    with pytest.raises(SystemExit, match="is no run of dna_finetune.py"):
+        dna_convert.judge(tmp_path, Path("oracle.ckpt"))
+
+
+def grelu_file(path):
+    """A checkpoint whose outputs are about 0.5 in the mean."""
+    torch.manual_seed(2)
+    conv = nn.Conv1d(4, 3, 5)
+    conv.bias.data = 0.1 - conv.weight.data.sum((1, 2)) / 4
+    settings = dict(model_params={"model_type": "EnformerPretrainedModel", "n_tasks": 3}, train_params={"loss": "MSE"})
+    torch.save(dict(state_dict=conv.state_dict(), hyper_parameters=settings), path)
+    return path
+
+
+@pytest.fixture
+def grelu(monkeypatch):
+    """A module of gReLU's form, whose model is one convolution: settings in, one-hot (B, 4, L) to (B, tasks, 1)."""
+    made = {}
+
+    class LightningModel(nn.Conv1d):
+        def __init__(self, model_params, train_params):
+            made.update(model_params)
+            super().__init__(4, model_params["n_tasks"], 5)
+
+        def forward(self, x):
+            return 5 * super().forward(x).mean(-1, keepdim=True)
+
+    module = types.ModuleType("grelu.lightning")
+    module.LightningModel = LightningModel
+    monkeypatch.setitem(sys.modules, "grelu", types.ModuleType("grelu"))
+    monkeypatch.setitem(sys.modules, "grelu.lightning", module)
+    return made
+
+
+def expected(path, x, output):
+    state = torch.load(path)["state_dict"]
+    return (
+        5 * F.conv1d(F.one_hot(x.long(), 4).float().transpose(1, 2), state["weight"], state["bias"]).mean(-1)[:, output]
+    )
+
+
+def test_our_oracle_learns_a_grelu_oracle_without_a_download(tmp_path, grelu, capsys):
+    path = grelu_file(tmp_path / "oracle.ckpt")
+    x, _ = dna.simulate(1000, 20, 1)
+    table = write_table(tmp_path / "t.csv", ["seq,hepg2", *(f"{text(s)},{i}" for i, s in enumerate(x))])
+    for classifier in (False, True):
+        dna_convert.oracle(path, tmp_path / "ours.pt", table, output=1, classifier=classifier, width=32, epochs=10)
+        ours = dna.load_model("oracle", tmp_path / "ours.pt", 20, "cpu")
+        new, _ = dna.simulate(300, 20, 2)
+        y, y_ours = expected(path, new, 1), dna.predict(ours, new)
+        assert np.corrcoef(y, y_ours)[0, 1] > 0.9
+        if not classifier:
+            assert (y - y_ours).std() < 0.4 * y.std()
+    assert grelu["model_type"] == "EnformerModel"
+    assert "100 unseen sequences: correlation with the gReLU oracle 0.9" in capsys.readouterr().out
+
+
+def test_grelu_oracle_judges_the_sequences_of_a_run(tmp_path, grelu):
+    x, _ = dna.simulate(80, 20, 3)
+    path = grelu_file(tmp_path / "oracle.ckpt")
+    for method, part in zip(("exp", "lin-neg"), x.split(40), strict=True):
+        (tmp_path / f"{method}-seed3.fasta").write_text("".join(f">{method}\n{text(s)}\n" for s in part))
+    dna_convert.judge(tmp_path, path, output=2)
+    rows = list(csv.DictReader(open(tmp_path / "judged.csv")))
+    assert [(row["method"], row["seed"]) for row in rows] == [("exp", "3"), ("lin-neg", "3")]
+    for row, part in zip(rows, x.split(40), strict=True):
+        assert float(row["median"]) == pytest.approx(expected(path, part, 2).median().item(), rel=1e-3)
+        assert float(row["accessible"]) == (expected(path, part, 2) > 0.5).double().mean()
+
+
+def test_markov_model_against_its_definition():
+    rng = np.random.default_rng(2)
+    train, test = (torch.tensor(rng.integers(4, size=(n, 7))) for n in (40, 5))
+    seen, nats = [text(row) for row in train.tolist()], 0.0
+    for s in (text(row) for row in test.tolist()):
+        for i in range(7):
+            k = min(i, 2)
+            places = range(2, 7) if k == 2 else [i]  # shorter histories only at the start
+            histories = [t[j - k : j + 1] for t in seen for j in places if t[j - k : j] == s[i - k : i]]
+            nats -= math.log((histories.count(s[i - k : i + 1]) + 1) / (len(histories) + 4))
+    assert dna_quality.markov_nats(train, test, 2) == pytest.approx(nats / 35)
+
+
+def test_site_effects_and_correlations_of_the_truth_are_perfect():
+    x, y = dna.simulate(2000, 60, 1)
+    quality = dna_quality.oracle_quality(lambda x: 2 * dna.true_activity(x), x, y, simulated=True)
+    assert quality["true_correlation"] == pytest.approx(1) and quality["site_effect_correlation"] == pytest.approx(1)
+    assert quality["held_out_correlation"] > 0.8
+    assert quality["HNF1A_effect"] == pytest.approx(2 * quality["HNF1A_true_effect"]) and quality["ZEB1_effect"] < 0
+    background = torch.zeros(4, 60).long()
+    found = dna_quality.site_effects(lambda x: (x[:, 4] == 2).double(), background)  # G at place 4, where 10% is
+    assert found.sum() == 1 + 1 and found[list(dna.FACTORS).index("HNF1A"), 0] == 1  # GTTAA..., and one other
+
+
+def test_quality_of_a_run(run_dna, run_script, capsys):  # noqa: F811
+    made, _ = run_dna("--methods", "exp")
+    run_script("benchmark/dna_quality", made)
+    quality = json.loads((made / "quality.json").read_text())
+    assert json.loads(capsys.readouterr().out) == quality
+    assert {"model_nats_per_base", "markov5_nats_per_base", "gc_mean"} <= set(quality["pretrained"])
+    assert {"held_out_correlation", "site_effect_correlation"} <= set(quality["eval_oracle"])
+    for flags in (["nothing"], [], [made / "rows.csv"]):
+        with pytest.raises(SystemExit, match="give the directory of a dna_finetune.py run"):
+            run_script("benchmark/dna_quality", *flags)

@@ -1,0 +1,126 @@
+"""dna_finetune.py: the weights by name, their temperatures, and that fine-tuning ends where the weights say."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_dna_model import Table, exact_elbo, index, law, random_law, total_variation
+
+import dna_finetune as dna
+import simpo_neg
+
+METHODS = dna.get_args(dna.Method)
+
+
+def tune(method, p, reward, **settings):
+    """A table that starts at the posterior of p (64,) and is tuned for reward (64,); also its lowest loss."""
+    settings = dict(num_particles=512, rounds=120, lr=0.02, sampling_steps=200, elbo_draws=1) | settings
+    settings = dict(samples_from="pretrained", temperature=0.7, sampling_dtype="float32") | settings
+    table = Table(p).requires_grad_(False)
+    made = dna.finetune(table, lambda x: reward[index(x)], 3, method, 1, dna.Args(**settings), {})
+    table.load_state_dict(made["state"])
+    return table, min(row["lowest_loss"] for row in made["curve"])
+
+
+def closed_form(method, p, reward, temperature=0.7):
+    """p w / Z (5) with nu such that E_p[w] = 1: every sequence as often as its probability says, of 20,000."""
+    number = (20_000 * p).round().long()
+    q = reward.repeat_interleave(number)
+    weights = dna.weigh(method, q, temperature * q.double().std(), 0.0)
+    return torch.zeros(64).index_add(0, torch.arange(64).repeat_interleave(number), weights / len(q))
+
+
+@pytest.mark.parametrize("method", ["exp", "linear", "square"])
+def test_tuned_optimum_is_the_reweighted_distribution(method):
+    p, reward = random_law(6), torch.randn(64, generator=torch.Generator().manual_seed(7))
+    target = closed_form(method, p, reward)
+    tuned, lowest = tune(method, p, reward)
+    fitted = exact_elbo(tuned).exp()
+    assert total_variation(fitted / fitted.sum(), target) < 0.08
+    assert total_variation(p, target) > 0.25 and lowest > 0  # an unweighted fit would stay at p
+    for other in {"exp", "linear", "square"} - {method}:
+        assert total_variation(fitted, closed_form(other, p, reward)) > total_variation(fitted, target)
+
+
+def test_on_policy_rounds_repeat_the_reweighting_and_a_kl_term_holds_back():
+    p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
+    mean = {}
+    for name, settings in dict(once={}, again=dict(samples_from="tuned"), held=dict(kl_weight=5.0)).items():
+        tuned, _ = tune("linear", p, reward, rounds=40, num_particles=128, **settings)
+        mean[name] = (law(tuned, 3) * reward).sum().item()
+    start = (p * reward).sum().item()
+    assert mean["again"] > mean["once"] + 0.3 > start + 0.6
+    assert start - 0.1 < mean["held"] < start + 0.5 * (mean["once"] - start)
+
+
+def test_negative_weights_push_below_what_positive_ones_reach():
+    p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
+    worst = reward.argsort()[:20]
+    linear, _ = tune("linear", p, reward, rounds=30, num_particles=128, temperature=3.0)
+    negative, _ = tune("lin-neg", p, reward, rounds=30, num_particles=128, temperature=0.7)
+    assert law(negative, 3)[worst].sum() < 0.7 * law(linear, 3)[worst].sum()
+
+
+def test_reweight_equals_the_rl_scripts_to_the_letter():
+    assert inspect.getsource(dna.reweight) == inspect.getsource(simpo_neg.reweight)
+
+
+def test_weights_by_name():
+    K, q = 32, torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(dna.weigh("exp", q, 0.4, 9.0), K * torch.softmax(q / 0.4, -1))
+    wd1 = K * (torch.softmax(q / 0.4, -1) - torch.softmax(-q / 0.4, -1))
+    np.testing.assert_allclose(dna.weigh("wd1", q, 0.4, 9.0), wd1, atol=1e-12)
+    for method, lowest in {"linear": 0, "square": 0, "lin-neg": -0.3, "sqr-neg": -0.3}.items():
+        w = dna.weigh(method, q, 0.4, 0.3)
+        np.testing.assert_allclose(w.mean(-1), 1)
+        assert w.min() == lowest
+        power = 2 if method in ("square", "sqr-neg") else 1
+        y = ((q - simpo_neg.reweight(q, 0.4, power, -lowest)[1]) / 0.4).numpy()
+        np.testing.assert_allclose(w, np.where(y > 0, np.abs(y) ** power, np.maximum(y, lowest)), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_temperature_reaches_the_target_kl(method, scale):
+    q = scale * torch.randn(2, 64, generator=torch.Generator().manual_seed(1)) + 5 * scale
+    temperature = dna.solve_temperature(method, q, dna.Args(target_kl=1.2, epsilon=0.4))
+    w = dna.weigh("exp" if method == "wd1" else method, q, temperature, 0.4).double().clamp(min=1e-6)
+    p = w / w.sum(-1, keepdim=True)
+    torch.testing.assert_close((p * (64 * p).log()).sum(-1), torch.full((2,), 1.2).double(), atol=1e-3, rtol=0)
+
+
+def test_authors_rule_against_its_definition():
+    """clip(A, lower, 3); A^2 above 0 and clip(A, lower, 0) below; softmax(r / 0.1); softmax(A) - softmax(-A)."""
+    r = torch.cat([torch.randn(126, generator=torch.Generator().manual_seed(1)), torch.tensor([8.0, 3.0])]).double()
+    A = [(float(x) - float(r.mean())) / float(np.std(r.numpy(), ddof=1)) for x in r]
+    total = {s: sum(math.exp(s * a) for a in A) for s in (1, -1)}
+    total_r = sum(math.exp(float(x) / 0.1) for x in r)
+    expected = {
+        "wd1": [128 * (math.exp(a) / total[1] - math.exp(-a) / total[-1]) for a in A],
+        "exp": [128 * math.exp(float(x) / 0.1) / total_r for x in r],
+        "linear": [min(max(a, 0), 3) for a in A],
+        "square": [a * a if a > 0 else 0 for a in A],
+        "lin-neg": [min(max(a, -0.7), 3) for a in A],
+        "sqr-neg": [a * a if a > 0 else max(a, -0.7) for a in A],
+    }
+    assert max(A) > 3 and min(A) < -0.7 and set(expected) == set(METHODS)
+    for method, weights in expected.items():
+        np.testing.assert_allclose(dna.weigh_as_authors(method, r, 0.7), weights, rtol=1e-6, atol=1e-12)
+
+
+def test_authors_rule_has_the_published_greediness_and_is_what_finetune_takes(monkeypatch):
+    """KL from uniform on Gaussian rewards, K = 128: exp 4.3, linear 0.98, square 1.42 (../shared/paper, fact sheet)."""
+    r = torch.randn(200, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for method, published, slack in (("exp", 4.3, 0.1), ("linear", 0.98, 0.03), ("square", 1.42, 0.04)):
+        p = torch.stack([dna.weigh_as_authors(method, row, 0.5) for row in r]) + 1e-12
+        p = p / p.sum(-1, keepdim=True)
+        assert abs(float((p * (128 * p).log()).sum(-1).mean()) - published) < slack, method
+
+    p, reward = random_law(6), torch.randn(64, generator=torch.Generator().manual_seed(7))
+    small = dict(rounds=2, num_particles=64, temperature_rule="authors")
+    (authors, _), (ours, _) = (tune("lin-neg", p, reward, **small | s) for s in ({}, dict(temperature_rule="kl")))
+    monkeypatch.setattr(dna, "weigh", lambda method, q, *_: dna.weigh_as_authors(method, q, 0.5))
+    (same, _) = tune("lin-neg", p, reward, **small | dict(temperature_rule="kl"))
+    assert torch.equal(authors.logits, same.logits) and not torch.equal(authors.logits, ours.logits)

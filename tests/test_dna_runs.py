@@ -1,0 +1,108 @@
+"""dna_finetune.py as a whole: what a run makes, that it repeats itself, and which stages are made again."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_dna_data import text, write_table
+
+import dna_finetune as dna
+
+TINY = """--simulated-sequences 300 --simulated-length 16 --width 8 --pretrain-steps 5 --pretrain-batch 8
+    --oracle-width 8 --oracle-epochs 1 --rounds 2 --updates 1 --num-particles 8 --target-kl 0.9 --eval-samples 8
+    --eval-elbo-draws 4 --sampling-steps 8 --sampling-dtype float32""".split()
+METHODS = dna.get_args(dna.Method)
+
+
+@pytest.fixture
+def run_dna(run_script, tmp_path, capsys):
+    """Runs the script with TINY and these flags; returns the run's directory and what was printed."""
+
+    def run(*flags):
+        before = set(Path("runs").glob("*__dna_finetune__*"))
+        run_script("dna_finetune", *TINY, *flags)
+        (made,) = set(Path("runs").glob("*__dna_finetune__*")) - before
+        return made, capsys.readouterr().out
+
+    return run
+
+
+def stages():
+    return {path.name: path.stat().st_mtime_ns for path in Path("runs/dna_stages").iterdir()}
+
+
+def kinds(names):
+    return sorted(name.split("-")[0] for name in names)
+
+
+def test_run_makes_what_it_promises_and_repeats_itself(run_dna, tmp_path):
+    made, out = run_dna("--seeds", "2")
+    for name in "args.json models.json table.txt rows.csv curves.csv score_likelihood.png".split():
+        assert (made / name).stat().st_size > 0
+    assert list(made.glob("events.*")) and [path.name for path in tmp_path.iterdir()] == ["runs"]
+    rows = list(csv.DictReader(open(made / "rows.csv")))
+    assert [row["method"] for row in rows] == 2 * ["pretrained", *METHODS]
+    curves = list(csv.DictReader(open(made / "curves.csv")))
+    assert [(r["method"], r["seed"], r["step"]) for r in curves[:3]] == [
+        ("wd1", "1", "0"),
+        ("wd1", "1", "1"),
+        ("exp", "1", "0"),
+    ]
+    assert len(curves) == 2 * 6 * 2 and all(0 <= float(row["true_activity"]) < 10 for row in curves)
+    for method in ("pretrained", *METHODS):
+        assert f"\n{dna.LABELS[method]} " in out
+        lines = (made / f"{method}-seed2.fasta").read_text().split()
+        assert len(lines) == 16 and lines[0] == f">{method}-seed2-1" and re.fullmatch("[ACGT]{16}", lines[1])
+    assert "sqr-neg - exp: " in out and "95% interval" in out
+
+    for path in Path("runs/dna_stages").iterdir():
+        path.unlink()
+    again, _ = run_dna("--seeds", "2")
+    assert (again / "rows.csv").read_text() == (made / "rows.csv").read_text()
+    other, _ = run_dna("--seed", "2", "--methods", "exp")
+    assert (other / "rows.csv").read_text() not in (made / "rows.csv").read_text()
+
+
+def test_stages_are_skipped_and_made_again(run_dna):
+    flags = ("--methods", "exp", "lin-neg")
+    run_dna(*flags)
+    first = stages()
+    assert kinds(first) == kinds(3 * ["evaluated"] + ["eval_oracle", "pretrained", "reward_oracle"] + 2 * ["tuned"])
+    _, out = run_dna(*flags)
+    assert stages() == first and out.count("not made again") == 8
+    run_dna(*flags, "--epsilon", "0.1")  # concerns lin-neg only
+    assert kinds(set(stages()) - set(first)) == ["evaluated", "tuned"]
+    before = stages()
+    run_dna(*flags, "--temperature-rule", "authors")
+    assert kinds(set(stages()) - set(before)) == ["evaluated", "evaluated", "tuned", "tuned"]
+    before = stages()
+    run_dna("--methods", "exp", "--pretrain-lr", "0.01")
+    assert set(kinds(set(stages()) - set(before))) == {"pretrained", "tuned", "evaluated"}
+
+
+def test_run_on_a_table_with_a_classifier_and_own_files(run_dna, tmp_path):
+    x, y = dna.simulate(200, 20, 1)
+    rows = [f"{text(s)},{a:.3f},{i},{int(a > 0.5)}" for i, (s, a) in enumerate(zip(x, y, strict=True))]
+    path = write_table(tmp_path / "assay.csv.gz", ["seq,act,start,open", *rows])
+    data = ("--data", path, "--target", "act", "--split-column", "start", "--methods", "exp")
+    made, _ = run_dna(*data, "--accessibility", path, "--accessibility-column", "open")
+    row = list(csv.DictReader(open(made / "rows.csv")))[-1]
+    assert 0 <= float(row["accessible"]) <= 1 and row["true_activity"] == "nan" and made.name.startswith("assay__")
+    models = {p.name.split("-")[0]: p for p in Path("runs/dna_stages").iterdir()}
+    names = ("pretrained", "reward_oracle", "eval_oracle", "accessibility")
+    flags = [word for name in names for word in (f"--{name.replace('_', '-')}", models[name])]
+    again, out = run_dna(*data, *flags)
+    assert (again / "rows.csv").read_text() == (made / "rows.csv").read_text()
+    assert out.count("not made again") == 3  # the same models, so tuned and evaluated are there
+
+
+def test_classifier_learns_zeros_and_ones():
+    x, _ = dna.simulate(1000, 16, 1)
+    y = (x[:, 3] == 2).float()
+    args = dna.Args(oracle_width=16, oracle_epochs=20, oracle_lr=1e-2)
+    torch.manual_seed(1)
+    oracle = dna.Oracle(16, 16)
+    oracle.load_state_dict(dna.train_oracle(x, y, True, args)["state"])
+    assert ((dna.predict(oracle.eval(), x) > 0) == (y > 0)).double().mean() > 0.95
