@@ -131,7 +131,7 @@ def reward(action, distance, height, width):
 def reweight(q, temperature, power, epsilon=0.0):
     """Weights w = g((q - nu) / temperature) of K actions, nu such that they average 1: (9), (11), appendix E.
 
-    g(y) = max(y, -epsilon) for power 1, max(y, 0)^2 for power 2, exp(y) = lim (1 + y/p)^p for power inf.
+    g(y) = max(y, -epsilon) for power 1; max(y, 0)^2 for 2; exp(y), the limit of (1 + y/p)^p, for math.inf; no others.
     q (..., K); temperature > 0, epsilon >= 0 numbers or (..., 1); returns weights (..., K), nu (..., 1) in q's dtype.
     """
     K = q.shape[-1]
@@ -150,7 +150,7 @@ def reweight(q, temperature, power, epsilon=0.0):
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
         y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
         weights = (y_max - gap).clamp(min=0) ** 2
-    else:
+    elif power == math.inf:
         y_max = -torch.exp(-gap).mean(-1, keepdim=True).log()  # nu = lambda log E[exp(Q / lambda)]
         weights = torch.exp(y_max - gap)
     return weights.to(q.dtype), (q_max - temperature * y_max).to(q.dtype)

@@ -81,7 +81,7 @@ def escape_map(args):
     ax.set_xticks(range(len(COLUMNS)), [f"{epsilon:g}" if epsilon else method for method, epsilon in COLUMNS])
     ax.set_yticks(range(len(DISTANCES)), DISTANCES)
     ax.set(xlabel=r"method; numbers: Lin. Neg. with this $\epsilon$", ylabel=LABELS["distance"])
-    figure.colorbar(image, ax=ax, label="share of trials that reach $a^*$", location="top")
+    figure.colorbar(image, ax=ax, label="share of trials that reach $a^*$")
     summary += plot_sweeps(axes.values(), "", ESCAPE, OTHERS, METHODS, "share", args)
     for ax in axes.values():
         ax.set(ylabel="share that reach $a^*$", ylim=(-0.05, 1.05))

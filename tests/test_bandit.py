@@ -20,6 +20,12 @@ SMALL = Args(rounds=6, updates=4, groups=2, seeds=2)
 FLAGS = "--seeds 2 --rounds 3 --updates 2 --fit-updates 40 --groups 1".split()
 
 
+def test_defaults_are_those_of_the_figures():
+    args = Args()
+    assert (args.solver, args.diffusion_steps, args.temperature, args.error_clip) == ("dpm", 8, 0.1, 1000.0)
+    assert (args.epsilon, args.num_particles, args.target_kl, args.particle_noise) == (0.3, 32, 1.5, 0.2)
+
+
 def test_regret_on_a_known_integral():
     """E_{a ~ N(m, s^2)} exp(-(a - c)^2 / (2 w^2)) = w / sqrt(w^2 + s^2) exp(-(m - c)^2 / (2 (w^2 + s^2)))."""
     args = replace(SMALL, rounds=1, updates=1, groups=128, action_bound=30.0, diffusion_steps=40)
