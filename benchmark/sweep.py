@@ -15,6 +15,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")  # that is signal 9: they get SIGTERM, see train
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
@@ -73,14 +73,17 @@ def train(folder, command, cpus, gpus):
         else:  # it was killed before there was anything to go on from
             shutil.rmtree(folder / "runs", ignore_errors=True)
         print(f"$ {shlex.join(command)}", file=log, flush=True)
-        command = [sys.executable, *command]
-        if shutil.which("setpriv"):  # Linux: a training whose worker is killed saves and stops instead of going on
-            command = ["setpriv", "--pdeathsig", "TERM", *command]
-        # In a session of its own Ctrl-C does not reach it twice.
-        streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        code = subprocess.run(
-            command, cwd=folder, env=env, pass_fds=[lock.fileno()], start_new_session=True, **streams
-        ).returncode
+        command, streams = [sys.executable, *command], dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if shutil.which("setpriv"):
+            # Linux: if this worker dies, or Ray kills its children, the training gets SIGTERM: it saves and stops.
+            command = [
+                *"setpriv --pdeathsig KILL sh -c".split(),
+                'setpriv --pdeathsig TERM "$@"; exit $?',
+                "sh",
+                *command,
+            ]
+        options = dict(cwd=folder, env=env, pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is not for it
+        code = subprocess.run(command, **streams, **options).returncode
         last = last_line((folder / "log").read_text(errors="replace"))
         if code < 0 or code > 128:
             raise Killed(f"killed by signal {-code if code < 0 else code - 128}, again and again; {folder}/log: {last}")
@@ -99,16 +102,16 @@ def last_line(text):
     return lines[-1].strip("│ ")
 
 
-def words(flags):
-    return [f"--{flag}" for flag in flags.split()]
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for script, *_ in map(str.split, args.scripts):
         if not Path(script).is_file():
             raise SystemExit(f"--scripts {script}: there is no such file")
-    ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, include_dashboard=False)
+    quiet = dict(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    ray.init(os.environ.get("RAY_ADDRESS", "local"), **quiet)
+    stop_signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's, which end in a traceback
+        signal.signal(number, lambda number, _: stop_signals.append(number))
     for name, wanted in ("CPU", args.cpus), ("GPU", args.gpus):
         if wanted > max(node["Resources"].get(name, 0) for node in ray.nodes()):
             raise SystemExit(f"--{name.lower()}s {wanted}: no machine here has as many")
@@ -118,10 +121,10 @@ if __name__ == "__main__":
     for entry, env_id, flags, seed in itertools.product(args.scripts, args.env_ids, args.flags, args.seeds):
         script, *own = entry.split()
         flags = " ".join([*own, *flags.split()])
-        folder = Path(script).stem, env_id.replace("/", "-"), flags.replace("/", "-") or "none", str(seed)
+        place = Path(script).stem, env_id.replace("/", "-"), flags.replace("/", "-") or "none", str(seed)
+        folder = args.out.resolve().joinpath(*place)
         command = [str(Path(script).resolve()), "--env-id", env_id, "--seed", str(seed)]
-        command += words(args.frame) + words(flags)
-        folder = args.out.resolve().joinpath(*folder)
+        command += [f"--{flag}" for flag in [*args.frame.split(), *flags.split()]]
         running[task.remote(folder, command, args.cpus, args.gpus)] = folder, (script, env_id, flags), seed
 
     values, failed = {}, []  # (script, environment, flags) -> {seed: return}
@@ -140,6 +143,9 @@ if __name__ == "__main__":
                 progress.write(failed[-1])
         progress.update(len(done))
         progress.refresh()
+        if stop_signals:
+            progress.write("interrupted: the trainings save and stop; the same command goes on with them")
+            raise SystemExit(128 + stop_signals[0])
     progress.close()
 
     rows = []
