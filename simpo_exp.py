@@ -1,46 +1,26 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "dm_control==1.0.50",
-#   "gymnasium==1.4.0",
-#   "matplotlib==3.11.2",
-#   "moviepy==2.2.1",
-#   "mujoco==3.17.0",
-#   "numpy==2.4.6",
-#   "shimmy==2.0.1",
-#   "tensorboard==2.21.0",
-#   "torch==2.13.0",
-#   "tqdm==4.70.1",
-#   "tyro==1.0.17",
-#   "wandb==0.31.0",
-# ]
-# ///
 """SiMPO-Exp: softmax weights, the forward-KL case that DPMD and AWR share.
 
-Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning" (newer name: GeMPO). Top to bottom:
-environments; twin critics; the diffusion policy with its weighted matching loss (7); the softmax weights (2);
-replay buffer; evaluation; checkpoints and faults, to skip at first; Algorithm 1 with the temperature rule (30).
+Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning", arXiv 2603.10250 (newer name: GeMPO).
+Top to bottom: twin critics; the diffusion policy with its weighted matching loss (7) and its sampler; the softmax
+weights (2); environments, replay buffer, evaluation, checkpoints; Algorithm 1 with the temperature rule (30).
 
     python simpo_exp.py --env-id Humanoid-v4
 """
 
-import atexit
 import copy
-import csv
-import hashlib
-import io
 import json
 import math
 import os
-import pickle
+import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass
-from datetime import datetime
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import mujoco
@@ -50,161 +30,81 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# What a flag's value must be is part of its type, and what it means is the comment beside it: --help shows that.
+Count = Annotated[int, "at least 1", lambda n: n >= 1]
+Every = Annotated[int, "at least 0", lambda n: n >= 0]
+Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
+NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+GPU = torch.cuda.is_available()
+BF16 = torch.cuda.is_bf16_supported(False) if GPU else torch.cpu.get_capabilities().get("avx512_bf16", False)
+LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
-    """Gymnasium id with Box observations and actions, or a DM Control task such as dm_control/cheetah-run-v0"""
-    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"
-    """reward as a function of speed (appendix F.2), on dm_control/cheetah-run-v0 and dm_control/walker-run-v0 only"""
-    landscape_c: float = 3.0
-    """steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)"""
-    total_timesteps: int = 1_000_000
-    """environment steps, all environments together"""
-    num_envs: int = 5
-    """parallel environments"""
-    seed: int = 1
-    """seed of the networks, the environments and all draws"""
+    env_id: str = "HalfCheetah-v4"  # Gymnasium id with Box spaces, or a DM Control task: dm_control/cheetah-run-v0
+    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"  # to train on (appendix F.2)
+    landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
+    total_timesteps: Count = 1_000_000  # environment steps, all environments together
+    num_envs: Count = 5  # parallel environments
+    seed: Every = 1  # seed of the networks, the environments and all draws
 
     # SiMPO
-    num_particles: int = 32
-    """K: actions drawn from the old policy per state"""
-    target_kl: float = 1.5
-    """delta: target KL of the weights from uniform, in (30); must stay below log K"""
-    temperature: float = 1.0
-    """lambda at the start; (30) tunes it from there"""
-    temperature_lr: float = 3e-3
-    """learning rate of log lambda"""
-    old_policy_interval: int = 1000
-    """updates between two refreshes of the frozen old policy pi_old"""
-    particle_noise: float = 0.2
-    """standard deviation of the Gaussian added to the K actions, in units of half the action range"""
-    error_clip: float = 5.0
-    """upper limit of a squared velocity error of (7) over (pi/2)^2, per action dimension; bounds the loss in case II"""
+    num_particles: Count = 32  # K: actions drawn from the old policy per state
+    target_kl: float = 1.5  # delta: target KL of the weights from uniform, in (30); must stay below log K
+    temperature: NonNegative = 0.0  # lambda at the start, then tuned by (30); 0: where the first weights meet delta
+    temperature_lr: Positive = 3e-3  # learning rate of log lambda
+    old_policy_interval: Count = 1000  # updates between two refreshes of the frozen old policy pi_old
+    particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, in units of half the action range
+    error_clip: Positive = 5.0  # limit of a squared velocity error of (7) over (pi/2)^2, per dimension; bounds case II
 
     # diffusion and optimisation (table in appendix F)
-    diffusion_steps: int = 20
-    """denoising steps T, on the cosine schedule"""
-    hidden_dim: int = 256
-    """units of each of the 3 hidden layers, in policy and critics"""
-    batch_size: int = 256
-    """states per update"""
-    steps_per_update: int = 5
-    """environment steps per update"""
-    learning_starts: int = 5_000
-    """environment steps with uniformly random actions before the first update"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    policy_lr: float = 3e-4
-    """learning rate of the policy at the start"""
-    policy_lr_end: float = 3e-5
-    """learning rate of the policy at the end, reached linearly"""
-    critic_lr: float = 3e-4
-    """learning rate of the critics"""
-    discount: float = 0.99
-    """gamma, the discount per step"""
-    tau: float = 0.005
-    """step of the target critics towards the critics, per update"""
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
+    diffusion_steps: Every = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
+    hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
+    batch_size: Count = 256  # states per update
+    steps_per_update: Count = 5  # environment steps per update
+    learning_starts: Every = 5_000  # environment steps with uniformly random actions before the first update
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    policy_lr: Positive = 3e-4  # learning rate of the policy at the start
+    policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
+    critic_lr: Positive = 3e-4  # learning rate of the critics
+    discount: Share = 0.99  # gamma, the discount per step
+    tau: Share = 0.005  # step of the target critics towards the critics, per update
 
-    # evaluation and output
-    eval_every: int = 10_000
-    """environment steps between evaluations, and one at the end; 0 turns evaluation off"""
-    eval_episodes: int = 20
-    """episodes per evaluation, in parallel environments"""
-    eval_draws: int = 10
-    """actions drawn per step in evaluation; the critics' favourite is taken"""
-    log_every: int = 1_000
-    """environment steps between logged losses, weights and speeds"""
-    checkpoint_every: int = 5_000
-    """environment steps between checkpoints in runs/<run_name>/checkpoint, and one at the end; 0: none"""
-    resume: str = ""
-    """runs/<run_name> of a stopped run: go on where its last checkpoint was; its arguments hold but where given anew"""
-    capture_video: bool = False
-    """record the first episode of every evaluation as runs/<run_name>/videos/*.mp4"""
-    track: bool = False
-    """send arguments and TensorBoard scalars to Weights & Biases, too (offline if there is no account)"""
-    wandb_project: str = "simpo"
-    """Weights & Biases project"""
-    evaluate: str = ""
-    """runs/<run_name> of a trained model: evaluate it and train nothing; its arguments hold but where given anew"""
+    # evaluation, output, machine
+    eval_every: Every = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
+    eval_episodes: Count = 20  # episodes per evaluation, in parallel environments
+    eval_draws: Count = 10  # actions drawn per step in evaluation; the critics' favourite is taken
+    log_every: Count = 1_000  # environment steps between logged losses, weights and speeds
+    checkpoint_every: Every = 50_000  # environment steps between checkpoints, and one at the end; 0: only that
+    resume: str = ""  # runs/<run_name>: go on from its checkpoint; its arguments hold but where given anew
+    evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint and train nothing; arguments likewise
+    capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
+    track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
+    wandb_project: str = "simpo"  # Weights & Biases project
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
+    compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
-    # machine
-    device: str = "auto"
-    """auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
-    sampling_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network while actions are drawn, where no gradient flows; auto: bfloat16 if the machine can"""
-    compile: bool = True
-    """torch.compile the hot functions"""
-
-
-# ---------------------------------------------------------------------------------------------------- environments
-
-
-class RewardLandscape(gym.Wrapper):
-    """Appendix F.2: reward a function of z = clip(speed / target, 0, 1); info["native_reward"] keeps the native one."""
-
-    TARGET = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # m/s
-
-    def __init__(self, env, landscape, c, env_id):
-        super().__init__(env)
-        self.landscape, self.c, self.target = landscape, c, self.TARGET[env_id]
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        physics = self.unwrapped._env.physics
-        speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
-        z = min(max(float(speed) / self.target, 0.0), 1.0)
-        shaped = {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": math.expm1(self.c * z) / math.expm1(self.c)}
-        return obs, shaped[self.landscape], terminated, truncated, {**info, "native_reward": reward}
-
-
-class Replayable(gym.wrappers.RecordEpisodeStatistics):
-    """Episode k starts from a seed made of the first seed and k: its actions are then enough to return to any state."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.first_seed, self.episode = seed, -1
-        self.episode, self.actions = self.episode + 1, []
-        seed = np.random.SeedSequence([self.first_seed, self.episode]).generate_state(1)[0]
-        return super().reset(seed=int(seed), options=options)
-
-    def step(self, action):
-        self.actions.append(np.array(action))
-        return super().step(action)
-
-    def replay(self, episode, actions):
-        self.episode = episode - 1
-        obs, _ = self.reset()
-        for action in actions.numpy():
-            obs, *_ = self.step(action)
-        return obs
-
-
-def make_env(env_id, landscape="native", landscape_c=3.0, video_folder=None):
-    """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
-    registered = f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id
-    try:
-        env = gym.make(registered, **({"render_mode": "rgb_array"} if video_folder else {}))
-    except (gym.error.Error, ImportError) as error:
-        raise SystemExit(f"--env-id {env_id}: {error}") from None
-    obs_space, action_space = env.observation_space, env.action_space
-    fit = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
-    if not fit or not np.isfinite([action_space.low, action_space.high]).all():
-        rule = "observations and actions must be continuous (Box), actions within bounds"
-        raise SystemExit(f"--env-id {env_id}: {rule}; it has {obs_space} and {action_space}")
-    if landscape != "native":
-        env = RewardLandscape(env, landscape, landscape_c, env_id)
-    if video_folder:
-        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
-
-
-# -------------------------------------------------------------------------------------------------------- networks
+    def __post_init__(self):
+        """Raises SystemExit with one line for the first argument that makes no sense."""
+        self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
+        rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
+        log_k = math.log(max(self.num_particles, 2))
+        rules["target_kl"] = f"above 0 and below log(num_particles) = {log_k:.2f}", lambda kl: 0 < kl < log_k
+        rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
+        if self.solver == "dpm":
+            rules["diffusion_steps"] = "at least 3 for --solver dpm", lambda steps: steps >= 3
+        if self.reward_landscape != "native":
+            rules["env_id"] = f"{' or '.join(LANDSCAPE_SPEED)} for --reward-landscape", LANDSCAPE_SPEED.__contains__
+        for name, (rule, holds) in rules.items():
+            if not holds(getattr(self, name)):
+                raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}")
 
 
 def mish(x):
@@ -234,24 +134,29 @@ class Critic(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """pi(a|s) as a diffusion model with velocity prediction on the cosine schedule, t = 1/T, 2/T, ..., 1."""
+    """pi(a|s) as a diffusion model with velocity prediction: a_t = alpha_t a_0 + sigma_t eps, the cosine schedule."""
 
-    def __init__(self, obs_dim, action_dim, hidden_dim, steps):
+    def __init__(self, obs_dim, action_dim, hidden_dim, solver, steps, dtype=torch.float32):
         super().__init__()
-        self.action_dim, self.steps = action_dim, steps
-        t = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # (T,)
+        self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
+        t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)  # 0 to 1
+        alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
+        # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
+        (alpha_u, alpha), (sigma_u, sigma), t = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:]), t[1:]
+        if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
+            variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
+            from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
+            std, extrapolate = variance.sqrt() * (sigma_u > 0), torch.zeros(steps)
+        else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
+            from_t, std = sigma_u / sigma, torch.zeros(steps)
+            from_0 = alpha_u - alpha * from_t
+            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite in the last and the first step
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # by twice the h of the step before, at the next index
+        self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
-        alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
-        # One step goes from t to u = t - 1/T: given a_t and a_0, a_u has mean from_t a_t + from_0 a_0, deviation std.
-        u = t - 1 / steps
-        alpha_u, sigma_u = torch.cos(torch.pi / 2 * u), torch.sin(torch.pi / 2 * u)
-        variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2  # of a_t given a_u
-        from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
-        std = (variance * sigma_u**2 / sigma**2).clamp(min=0).sqrt()
-        schedule = torch.stack([alpha, sigma, from_t, from_0, std], dim=1)
+        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], dim=1).float(), persistent=False)  # (T, 2)
         self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
-        self.register_buffer("schedule", schedule.float(), persistent=False)  # (T, 5)
         sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
 
@@ -264,46 +169,43 @@ class DiffusionPolicy(nn.Module):
     def velocity(self, noisy_action, embedding):
         """v_theta(a_t, s, t) times 2/pi: noisy_action (B, K, A), embedding of s and t (B, 1 or K, H) -> (B, K, A)."""
         first, second, third, last = self.layers
-        h = mish(F.linear(noisy_action, first.weight[:, : self.action_dim]) + embedding)
-        return last(mish(third(mish(second(h)))))
+        with torch.autocast(noisy_action.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            h = mish(F.linear(noisy_action, first.weight[:, : self.action_dim]) + embedding)
+            return last(mish(third(mish(second(h))))).float()
 
     @torch.compile(dynamic=False)
     def loss(self, obs, action, weights, t, noise, error_clip):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        embedding = obs_embedding + F.one_hot(t, self.steps).float() @ time_embedding  # (B, K, H)
-        alpha, sigma = self.schedule[t, :2].split(1, dim=-1)  # (B, K, 1)
+        embedding = obs_embedding + F.one_hot(t, len(time_embedding)).float() @ time_embedding  # (B, K, H)
+        alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
         velocity = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - velocity).square()
         return (weights[..., None] * error.clamp(max=error_clip)).mean()
 
-    @torch.compile(dynamic=False)
-    def denoise(self, noisy_action, embedding, schedule, noise):
-        """One ancestral step a_t -> a_{t - 1/T}; the predicted a_0 = alpha a_t - sigma v 2/pi is kept in the bounds."""
-        alpha, sigma, from_t, from_0, std = schedule
-        velocity = self.velocity(noisy_action, embedding).float()
-        action = (alpha * noisy_action - sigma * velocity).clamp(-1, 1)
-        return from_t * noisy_action + from_0 * action + std * noise
+    @torch.compile(dynamic=True)
+    def denoise(self, obs, noise):
+        """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
+        obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
+        action, action_0_before = noise[0], 0.0
+        for i in reversed(range(len(time_embedding))):
+            alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
+            velocity = self.velocity(action, obs_embedding + time_embedding[i])
+            action_0 = (alpha * action - sigma * velocity).clamp(-1, 1)
+            action = from_t * action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
+            action_0_before = action_0
+            if std > 0:
+                action = action + std * noise[i]
+        return action
 
     @torch.no_grad()
-    def sample(self, obs, num_actions, generator, dtype=torch.float32):
+    def sample(self, obs, num_actions, generator):
         """obs (B, S) -> num_actions draws per state, (B, K, A) in [-1, 1]; all randomness comes from the generator."""
-        shape = (self.steps + 1, len(obs), num_actions, self.action_dim)
-        noise = torch.randn(shape, generator=generator, device=obs.device)
+        steps = 1 if self.solver == "dpm" else len(self.step_coefficients)
+        noise = torch.randn(steps, len(obs), num_actions, self.action_dim, generator=generator, device=obs.device)
         # On a CPU go through the states in blocks whose activations stay in the L2 cache.
         block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
-        obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        actions = []
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for embedding, eps in zip(obs_embedding.split(block), noise.split(block, dim=1), strict=True):
-                action = eps[self.steps]  # a_1
-                for i in reversed(range(self.steps)):
-                    action = self.denoise(action, embedding + time_embedding[i], self.schedule[i], eps[i])
-                actions.append(action)
-        return torch.cat(actions)
-
-
-# ------------------------------------------------------------------------------------------------------ reweighting
+        return torch.cat(list(map(self.denoise, obs.split(block), noise.split(block, dim=1))))
 
 
 @torch.no_grad()
@@ -314,431 +216,279 @@ def reweight(q, temperature):
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
-    gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = top - gap, where top = (q_max - nu) / temperature
-    top = math.log(K) - torch.logsumexp(-gap, -1, keepdim=True)
-    return (top - gap).exp().to(q.dtype), (q_max - temperature * top).to(q.dtype)
+    gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = y_max - gap, y_max = (q_max - nu) / temperature
+    y_max = math.log(K) - torch.logsumexp(-gap, -1, keepdim=True)
+    return (y_max - gap).exp().to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- replay buffer
+def entropy(weights):
+    """H of (30) of weights (..., B, K), clipped to be positive and normalised: the mean over the B states, (...)."""
+    p = weights.clamp(min=1e-6)
+    p = p / p.sum(-1, keepdim=True)
+    return -(p * p.log()).sum(-1).mean(-1)
+
+
+def shaped_reward(physics, args):
+    """Appendix F.2: the reward landscapes from flat to steep, functions of z = clip(speed / target, 0, 1) in [0, 1]."""
+    speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
+    z, c = min(max(float(speed) / LANDSCAPE_SPEED[args.env_id], 0.0), 1.0), args.landscape_c
+    exp = math.exp(c * (z - 1)) * math.expm1(-c * z) / math.expm1(-c)  # without e^c, which may overflow
+    return {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": exp}[args.reward_landscape]
+
+
+def make_env(args, training=False, video_folder=None):
+    """Flat observations, actions in [-1, 1], in training the landscape's reward; SystemExit if the id does not fit."""
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
+    env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"--env-id {args.env_id}: {error}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
+    if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
+        rule = "observations and actions must be continuous (Box), actions within bounds"
+        raise SystemExit(f"--env-id {args.env_id}: {rule}; it has {obs_space} and {action_space}")
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    if training and args.reward_landscape != "native":
+        physics = env.unwrapped._env.physics
+        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
+    return gym.wrappers.RecordEpisodeStatistics(env) if training else env
 
 
 class ReplayBuffer:
     """A ring of the last `capacity` transitions, on the device."""
 
     def __init__(self, capacity, obs_dim, action_dim, device):
-        self.capacity, self.added = capacity, 0
-        self.sizes = [obs_dim, obs_dim, action_dim, 1, 1]
+        self.added, self.sizes = 0, [obs_dim, obs_dim, action_dim, 1, 1]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)
 
-    def add(self, obs, next_obs, action, reward, terminated):
-        """Arrays with one row per environment; the oldest rows make room."""
-        columns = obs, next_obs, action, reward[:, None], terminated[:, None]
-        self.put(torch.cat([torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns], dim=1))
-
-    def put(self, rows):
-        where = torch.arange(self.added, self.added + len(rows), device=rows.device) % self.capacity
-        self.rows[where] = rows
-        self.added += len(rows)
+    def add(self, *columns):
+        """obs, next_obs, action, reward, terminated, one row per environment; the oldest rows make room."""
+        where = torch.arange(self.added, self.added + len(columns[0]), device=self.rows.device) % len(self.rows)
+        columns = [torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns]
+        self.rows[where] = torch.cat([x.view(len(where), -1) for x in columns], dim=1)
+        self.added += len(where)
 
     def sample(self, batch_size, generator):
         """Uniform rows with replacement: obs (B, S), next_obs (B, S), action (B, A), reward (B,), terminated (B,)."""
-        size = min(self.added, self.capacity)
+        size = min(self.added, len(self.rows))
         rows = self.rows[torch.randint(size, (batch_size,), generator=generator, device=self.rows.device)]
         obs, next_obs, action, reward, terminated = (x.contiguous() for x in rows.split(self.sizes, dim=1))
         return obs, next_obs, action, reward[:, 0], terminated[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(policy, critic, args, sampling_dtype, video_folder=None, stop=()):
-    """Returns of eval_episodes episodes, acting by the best of eval_draws draws: as trained (N,), native (N,).
-
-    Environments, seeds and generator are its own, so that training goes on as if it had not been called. Ends early,
-    with no meaningful result, as soon as there is something in stop.
-    """
-    device = policy.schedule.device
-    folders = [video_folder] + [None] * (args.eval_episodes - 1)
-    make = [lambda x=x: make_env(args.env_id, args.reward_landscape, args.landscape_c, x) for x in folders]
-    envs = gym.vector.SyncVectorEnv(make)
-    generator = torch.Generator(device).manual_seed(args.seed + 10_000)
+def evaluate(policy, critic, args, stop_signals=()):
+    """Returns (N,) in the native reward, acting by the best of eval_draws draws; meaningless after a stop signal."""
+    folders = [f"{args.evaluate}/videos" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
+    envs = gym.vector.SyncVectorEnv([lambda folder=folder: make_env(args, video_folder=folder) for folder in folders])
+    generator = torch.Generator(args.device).manual_seed(args.seed + 10_000)
     obs, _ = envs.reset(seed=args.seed + 10_000)
-    returns, native_returns = np.zeros((2, args.eval_episodes))
-    running = np.ones(args.eval_episodes, dtype=bool)
-    while running.any() and not stop:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        actions = policy.sample(obs, args.eval_draws, generator, sampling_dtype)  # (N, draws, A)
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    while running.any() and not stop_signals:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
+        actions = policy.sample(obs, args.eval_draws, generator)  # (N, draws, A)
         with torch.no_grad():
             best = critic(obs, actions).amin(0).argmax(-1)
-        actions = actions[torch.arange(len(obs), device=device), best].cpu().numpy()
-        obs, reward, terminated, truncated, infos = envs.step(actions)
+        obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
         returns += running * reward
-        native_returns += running * infos.get("native_reward", reward)
         running &= ~(terminated | truncated)
     envs.close()
-    return returns, native_returns
+    return returns
 
 
 def write_evaluations(run_dir, evaluations):
     """runs/<run_name>/eval.csv, one row per evaluation, and learning_curve.png: mean and standard deviation."""
-    with open(run_dir / "unfinished", "w", newline="") as file:
-        table = csv.DictWriter(file, max(evaluations, key=len))  # --resume may have changed --eval-episodes
-        table.writeheader()
-        table.writerows(evaluations)
-    os.replace(run_dir / "unfinished", run_dir / "eval.csv")
+    table = [evaluations[0].keys(), *(row.values() for row in evaluations)]
+    (run_dir / "eval.unfinished").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+    os.replace(run_dir / "eval.unfinished", run_dir / "eval.csv")
     step, mean, std = (np.array([row[name] for row in evaluations]) for name in ("step", "mean", "std"))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     axes.plot(step, mean, marker="o", markersize=3)
     axes.fill_between(step, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
 
-# ------------------------------------------------- to skip at first: files, checkpoints, faults and the machine
-
-
-def write(path, content):
-    """torch.save and a SHA-256 of it, written aside and moved into place: a file of this name is always whole."""
-    data = io.BytesIO()
-    torch.save(content, data)
-    aside = path.with_name("unfinished")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data.getbuffer())
-            file.write(hashlib.sha256(data.getbuffer()).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)  # or it would fill what is left of a disk
-
-
-def read(path, device="cpu"):
-    """What `write` wrote, executing nothing from it. Raises OSError, or ValueError if it holds anything else."""
-    data = path.read_bytes()
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError("it is damaged, its SHA-256 is wrong")
-    try:
-        return torch.load(io.BytesIO(data[:-32]), map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError("it holds more than tensors, numbers and strings") from None
-
-
-def save(path, args, policy, critic):
-    """What --evaluate needs."""
-    networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
-    write(path, {"script": Path(__file__).stem, "args": asdict(args)} | networks)
+def save(path, state):
+    """torch.save, written aside and moved into place: a file of this name is always whole."""
+    with open(path.with_suffix(".unfinished"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def load(path):
-    """What `save` wrote."""
+    """What `save` wrote, executing nothing from it; SystemExit if it is missing or damaged."""
     try:
-        return read(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--evaluate: {path} is no trained model: {error}") from None
-
-
-class Checkpoints:
-    """The last two checkpoints of a run, in one folder: state_STEP each, and the buffer in files that they share.
-
-    Each row of the buffer is written once, by the first checkpoint after it: the time does not grow with the buffer.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.files = folder, []  # of the newest one: state_STEP, rows_FIRST_END, ...
-
-    def save(self, step, state, buffer):
-        """Writes what the buffer gained since the last call, then the state; removes what no checkpoint needs."""
-        self.folder.mkdir(exist_ok=True)
-        oldest = max(0, buffer.added - buffer.capacity)
-        ends = {name: int(name.split("_")[2]) for name in self.files[1:]}
-        first = max([oldest, *ends.values()])
-        files = [f"state_{step}", *(name for name in ends if ends[name] > oldest), f"rows_{first}_{buffer.added}"]
-        where = torch.arange(first, buffer.added, device=buffer.rows.device) % buffer.capacity
-        try:
-            write(self.folder / files[-1], buffer.rows[where].cpu())
-            write(self.folder / files[0], state | {"files": files})
-        except OSError:
-            (self.folder / files[-1]).unlink(missing_ok=True)
-            raise
-        for path in self.folder.iterdir():
-            if path.name not in files + self.files:
-                path.unlink()
-        self.files = files
-
-    def load(self):
-        """The state of the newest checkpoint of which every file is whole."""
-        states = self.folder.glob("state_*")
-        for path in sorted(states, key=lambda path: int(path.name.split("_")[1]), reverse=True):
-            try:
-                state = read(path)
-                for name in state["files"][1:]:
-                    read(self.folder / name)
-            except (OSError, ValueError) as error:
-                print(f"{path} cannot be used: {error}")
-                continue
-            self.files = state["files"]
-            return state
-        raise SystemExit(f"--resume: there is no whole checkpoint in {self.folder}")
-
-    def restore(self, buffer):
-        """Fills the buffer with the rows of the checkpoint that was loaded, piece by piece to save memory."""
-        buffer.added = int(self.files[1].split("_")[1])
-        for name in self.files[1:]:
-            buffer.put(read(self.folder / name, buffer.rows.device))
-
-
-def attempt(path, write_it, *args):
-    """Calls write_it(*args); if the disk is full or read-only, one warning names the path and training goes on."""
-    try:
-        write_it(*args)
-    except OSError as error:
-        error.__traceback__ = None  # TensorBoard raises the same error again and again; its traceback would grow
-        warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=1)
-
-
-def catch_signals():
-    """A list to which the first SIGINT or SIGTERM is added; the second one ends the process at once."""
-    received = []
-
-    def receive(signum, frame):
-        received.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, receive)
-    signal.signal(signal.SIGTERM, receive)
-    return received
-
-
-def check(args):
-    """Raises SystemExit with one line for the first argument that makes no sense."""
-    at_least_1 = """total_timesteps num_envs num_particles old_policy_interval diffusion_steps hidden_dim batch_size
-        steps_per_update buffer_size eval_episodes eval_draws log_every"""
-    above_0 = "temperature temperature_lr policy_lr critic_lr error_clip"
-    at_least_0 = "checkpoint_every particle_noise policy_lr_end learning_starts eval_every seed"
-    log_k = math.log(max(args.num_particles, 1))
-    shaped, tasks = args.reward_landscape != "native", RewardLandscape.TARGET
-    rules = [(name, getattr(args, name) >= 1, "at least 1") for name in at_least_1.split()]
-    rules += [(name, 0 < getattr(args, name) < math.inf, "above 0 and finite") for name in above_0.split()]
-    rules += [(name, 0 <= getattr(args, name) < math.inf, "at least 0 and finite") for name in at_least_0.split()]
-    rules += [(name, 0 <= getattr(args, name) <= 1, "from 0 to 1") for name in ("discount", "tau")]
-    rules += [("landscape_c", 0 < args.landscape_c <= 700, "above 0 and at most 700")]  # e^c must be finite
-    rules += [("target_kl", 0 < args.target_kl < log_k, f"above 0 and below log(num_particles) = {log_k:.2f}")]
-    rules += [("env_id", not shaped or args.env_id in tasks, f"{' or '.join(tasks)} for --reward-landscape")]
-    for name, fulfilled, rule in rules:
-        if not fulfilled:
-            raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(args, name)}")
-
-
-def set_up_process(args):
-    """The device and the dtype in which actions are drawn; sets warnings, rendering and torch.compile."""
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # only videos are rendered
-    try:
-        fastest = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(fastest if args.device == "auto" else args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    try:
-        if args.compile:
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception:
-        print("torch.compile does not work on this machine (is there a C++ compiler?): running without it, slower")
-        args.compile = False
-    if not args.compile:
-        torch.compiler.set_stance("force_eager")
-    if args.sampling_dtype == "auto":
-        if device.type == "cuda":
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return device, torch.bfloat16 if has_bfloat16 else torch.float32
-    return device, getattr(torch, args.sampling_dtype)
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
+            raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what a damaged zip file can raise is not documented
+        raise SystemExit(f"{path} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":
-    # Arguments. --evaluate and --resume take those of the run; flags given now win, except some that cannot change.
-    args = tyro.cli(Args, description=__doc__)
-    run_name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    # Arguments. --resume and --evaluate take those of the run; flags given now win, except some that cannot change.
+    args, script, state = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
+    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
-    checkpoints = Checkpoints(run_dir / "checkpoint")
     if args.evaluate or args.resume:
-        state = load(run_dir / "model.pt") if args.evaluate else checkpoints.load()
-        if state["script"] != Path(__file__).stem:
-            raise SystemExit(f"{run_dir} was trained by {state['script']}.py; go on with that script")
-        kept = state["args"] | ({"capture_video": False} if args.evaluate else {})
-        args = tyro.cli(Args, description=__doc__, default=Args(**kept))
-        fixed = """env_id reward_landscape landscape_c num_envs seed hidden_dim diffusion_steps buffer_size critic_lr
-            temperature temperature_lr"""
-        for name in fixed.split():
-            if getattr(args, name) != state["args"][name]:
-                raise SystemExit(f"{run_dir} was made with --{name.replace('_', '-')} {state['args'][name]}")
-    check(args)
-    device, sampling_dtype = set_up_process(args)
+        state = load(run_dir / "checkpoint.pt")
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"] | dict(resume="", evaluate="")))
+        fixed = "env_id hidden_dim"
+        if args.resume:
+            fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps"
+            fixed += " critic_lr temperature temperature_lr"
+        changed = [name for name in fixed.split() if getattr(args, name) != state["args"][name]]
+        if changed or script != state["script"]:
+            raise SystemExit(f"{run_dir} was made by {state['script']}.py with other {', '.join(changed) or 'weights'}")
 
-    # Environments and networks.
-    make = [lambda: Replayable(make_env(args.env_id, args.reward_landscape, args.landscape_c))] * args.num_envs
-    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    # The machine.
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
+    renderer = "egl" if sys.platform == "linux" else "glfw"
+    os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    try:
+        generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
+
+    # Environments, networks, temperature, optimisers, replay buffer.
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks
-    generator = torch.Generator(device).manual_seed(args.seed)  # every draw in training
-    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.diffusion_steps).to(device)
-    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
+    device, policy_dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
+    sizes = obs_dim, action_dim, args.hidden_dim
+    policy = DiffusionPolicy(*sizes, args.solver, args.diffusion_steps, policy_dtype).to(device)
+    critic = Critic(*sizes).to(device)
+    old_policy = copy.deepcopy(policy).requires_grad_(False)
+    critic_target = copy.deepcopy(critic).requires_grad_(False)
+    log_temperature = torch.tensor(math.log(args.temperature or 1), device=device, requires_grad=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    groups = [{"params": policy.parameters()}, {"params": log_temperature, "lr": args.temperature_lr}]
+    optimizer = torch.optim.Adam(groups, lr=args.policy_lr, fused=True)
+    parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
+    parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
+    global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
+    episode = np.full(args.num_envs, -1)  # which one runs in each environment
 
+    def reset(which):
+        """Starts the next episode where `which` (num_envs,) says so, from a seed made of the run's and its number."""
+        episode[which] += 1
+        seeds = [np.random.SeedSequence([args.seed, i, k]).generate_state(1)[0] for i, k in enumerate(episode)]
+        return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
+
+    # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log_temperature.data.copy_(state["log_temperature"])
+        generator.set_state(state["generator"].clone())
+        global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
+        start, buffer.added, episode = start - state["seconds"], state["added"], np.array(state["episode"]) - 1
     if args.evaluate:
-        policy.load_state_dict(state["policy"])
-        critic.load_state_dict(state["critic"])
-        video_folder = str(run_dir / "videos") if args.capture_video else None
-        returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder)
+        returns = evaluate(policy, critic, args)
         print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-        if args.reward_landscape != "native":
-            print(f"in the native reward: {native_returns.mean():.1f} +- {native_returns.std():.1f}")
         raise SystemExit
+    obs = reset(np.ones(args.num_envs, dtype=bool))
+    if state:
+        buffer.rows[: len(state["rows"])] = state["rows"]
+        for i, (env, length) in enumerate(zip(envs.envs, state["lengths"], strict=True)):
+            rows = torch.arange(-length, 0) * args.num_envs + buffer.added + i
+            for action in buffer.rows[rows % len(buffer.rows), 2 * obs_dim : -2].cpu().numpy():
+                obs[i], *_ = env.step(action)
+        if not np.array_equal(obs, state["obs"].numpy()):
+            warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
     # The run's directory and logs.
-    if args.resume:
-        for path in run_dir.glob("events.*"):  # what came after the checkpoint will be written again
-            os.truncate(path, state["event_files"].get(path.name, 0))
-    else:
-        try:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        except OSError as error:
-            raise SystemExit(f"cannot write to {run_dir}: {error.strerror}") from None
+    sys.excepthook = lambda kind, error, traceback: (
+        print(f"stopped: {error}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
+        if issubclass(kind, OSError) or kind.__module__.startswith("wandb")  # files that cannot be written, no account
+        else sys.__excepthook__(kind, error, traceback)
+    )
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
+    run_dir.mkdir(parents=True, exist_ok=bool(state))
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     if args.track:
         import wandb
 
-        try:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        except wandb.Error as error:
-            print(f"recording for Weights & Biases offline, upload it with wandb sync: {error}")
-            mode = "offline"
-        run = dict(name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), dir=run_dir, mode=mode)
-        wandb.init(**run, project=args.wandb_project, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    atexit.register(attempt, run_dir / "events*", writer.close)
-    threading.excepthook = lambda failure: None  # silences TensorBoard's thread: add_scalar raises its error again
-
-    def log(scalars):
-        for name, value in scalars.items():
-            attempt(run_dir / "events*", writer.add_scalar, name, value, global_step)
+        run = dict(project=args.wandb_project, name=run_dir.name, id=run_dir.name, config=asdict(args), dir=run_dir)
+        wandb.init(**run, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: without an account
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if state else None)  # hides what will come again
+    print(f"{run_dir} on {device}, policy in {policy_dtype}, {'compiled' if args.compile else 'not compiled'}")
 
     def check_finite(**quantities):
         for name, value in quantities.items():
             if not torch.as_tensor(value).isfinite().all():
-                good = checkpoints.folder / checkpoints.files[0] if checkpoints.files else "none"
-                raise SystemExit(f"stopped at step {global_step}: {name} is not finite; last good checkpoint: {good}")
+                raise SystemExit(f"stopped at step {global_step}: {name} is not finite; --resume {run_dir} goes back")
 
-    def passed(every):
-        """How many multiples of `every` the last step passed; `every` 0 is never."""
+    def times(every):
+        """How many multiples of `every` the last step reached; `every` 0 is never."""
         return every and global_step // every - max(0, global_step - args.num_envs) // every
 
-    print(f"{run_dir} on {device}, actions drawn in {sampling_dtype}, {'compiled' if args.compile else 'not compiled'}")
-
-    # Targets, temperature, optimisers, buffer; with --resume all as the checkpoint has it.
-    old_policy = copy.deepcopy(policy).requires_grad_(False)
-    critic_target = copy.deepcopy(critic).requires_grad_(False)
-    log_temperature = torch.tensor(math.log(args.temperature), device=device, requires_grad=True)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    temperature_optimizer = torch.optim.Adam([log_temperature], lr=args.temperature_lr)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
-    global_step, num_updates, evaluations, latest, critic_loss = 0, 0, [], {}, None
-    obs, _ = envs.reset(seed=args.seed)
-    start = time.time()
-    parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
-    parts |= dict(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer)
-    parts |= dict(temperature_optimizer=temperature_optimizer)
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        log_temperature.data.fill_(state["log_temperature"])
-        generator.set_state(state["generator"])
-        global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
-        start -= state["seconds"]
-        checkpoints.restore(buffer)
-        obs = np.stack([env.replay(*episode) for env, episode in zip(envs.envs, state["episodes"], strict=True)])
-        if not np.array_equal(obs, state["obs"].numpy()):
-            warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
-
     def checkpoint():
-        check_finite(policy=parameters_to_vector(policy.parameters()), critic=parameters_to_vector(critic.parameters()))
-        attempt(run_dir / "events*", writer.flush)
-        episodes = [(env.episode, torch.tensor(np.array(env.actions))) for env in envs.envs]
-        sizes = {path.name: path.stat().st_size for path in run_dir.glob("events.*")}
+        check_finite(**dict(policy.named_parameters()), **dict(critic.named_parameters()))
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= dict(script=Path(__file__).stem, args=asdict(args), seconds=time.time() - start)
-        state |= dict(global_step=global_step, num_updates=num_updates, evaluations=evaluations)
-        state |= dict(log_temperature=log_temperature.item(), generator=generator.get_state(), event_files=sizes)
-        state |= dict(episodes=episodes, obs=torch.tensor(obs))
-        attempt(checkpoints.folder, checkpoints.save, global_step, state, buffer)
+        state |= dict(script=script, args=asdict(args), global_step=global_step, num_updates=num_updates)
+        state |= dict(evaluations=evaluations, seconds=time.time() - start, log_temperature=log_temperature.detach())
+        rows = torch.from_numpy(buffer.rows[: buffer.added].cpu().numpy())  # a slice would save its whole storage
+        state |= dict(generator=generator.get_state(), rows=rows, added=buffer.added, obs=torch.tensor(obs))
+        state |= dict(episode=episode.tolist(), lengths=[env.episode_lengths for env in envs.envs])
+        writer.flush()
+        save(run_dir / "checkpoint.pt", state)
 
     K, B = args.num_particles, args.batch_size
-    stop = catch_signals()
+    compiled_reweight = torch.compile(reweight, dynamic=False)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     while True:
         last = global_step >= args.total_timesteps
 
-        # Checkpoint, when due, at the end, or asked to stop.
-        due = passed(args.checkpoint_every) or last or stop
-        if args.checkpoint_every and due and f"state_{global_step}" not in checkpoints.files:
-            checkpoint()
-        if stop:
-            break
-
         # Evaluate, when due and at the end.
-        if args.eval_every and (passed(args.eval_every) or last):
-            video_folder = str(run_dir / "videos" / str(global_step)) if args.capture_video else None
-            try:
-                returns, native_returns = evaluate(policy, critic, args, sampling_dtype, video_folder, stop)
-            except Exception as error:
-                if not args.capture_video:
-                    raise
-                warnings.warn(f"going on without videos: {error}", stacklevel=1)
-                args.capture_video = False
-                continue
-            if stop:
-                continue
-            latest["eval"] = returns.mean()
-            row = dict(step=global_step, mean=returns.mean(), std=returns.std(), seconds=time.time() - start)
-            row |= dict(native_mean=native_returns.mean(), native_std=native_returns.std())
-            row |= {f"return_{i + 1}": value for i, value in enumerate(returns)}
-            evaluations.append({name: round(float(value), 3) for name, value in row.items()})
-            attempt(run_dir / "eval.csv", write_evaluations, run_dir, evaluations)
-            attempt(run_dir / "model.pt", save, run_dir / "model.pt", args, policy, critic)
-            log({"eval/return": returns.mean(), "eval/native_return": native_returns.mean()})
-        if last:
-            break
-        global_step += args.num_envs
+        due = (times(args.eval_every) or last) and global_step not in [row["step"] for row in evaluations]
+        if args.eval_every and due:
+            returns = evaluate(policy, critic, args, stop_signals)
+            if not stop_signals:
+                mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
+                tqdm.write(f"step {global_step}: return {mean:.1f} +- {std:.1f}")
+                writer.add_scalar("eval/return", mean, global_step)
+                returns = " ".join(f"{x:.2f}" for x in returns)
+                evaluations.append(dict(step=global_step, mean=mean, std=std, seconds=seconds, returns=returns))
+                write_evaluations(run_dir, evaluations)
 
-        # Act with one draw from the policy, and store. The next observation of a finished episode is its own last one.
+        # Checkpoint, when due, at the end, or asked to stop.
+        if times(args.checkpoint_every) or last or stop_signals:
+            checkpoint()
+        if last or stop_signals:
+            break
+
+        # Act with one draw from the policy, and store.
+        global_step += args.num_envs
         if global_step <= args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
-            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = policy.sample(obs_tensor, 1, generator, sampling_dtype)[:, 0]
+            action = policy.sample(torch.as_tensor(obs, dtype=torch.float32, device=device), 1, generator)[:, 0]
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        done = terminated | truncated
-        real_next_obs = next_obs.copy()
-        for i in np.flatnonzero(done):
-            real_next_obs[i] = infos["final_obs"][i]
-        check_finite(observation=real_next_obs, reward=reward)
-        buffer.add(obs, real_next_obs, action, reward, terminated)
-        obs = next_obs
+        check_finite(observation=next_obs, reward=reward)
+        buffer.add(obs, next_obs, action, reward, terminated)
+        obs, done = next_obs, terminated | truncated
         if done.any():
-            latest["train"] = infos["final_info"]["episode"]["r"][done].mean()
-            log({"train/return": latest["train"]})
+            writer.add_scalar("train/return", infos["episode"]["r"][done].mean(), global_step)
+            obs = reset(done)
 
-        for _ in range(passed(args.steps_per_update) if global_step > args.learning_starts else 0):
+        for _ in range(times(args.steps_per_update) if global_step > args.learning_starts else 0):
             batch_obs, batch_next_obs, batch_action, batch_reward, batch_terminated = buffer.sample(B, generator)
 
             # Critics: Bellman target with one action of the policy and the smaller target Q; time limits bootstrap.
             with torch.no_grad():
-                next_action = policy.sample(batch_next_obs, 1, generator, sampling_dtype)  # (B, 1, A)
+                next_action = policy.sample(batch_next_obs, 1, generator)  # (B, 1, A)
                 next_q = critic_target(batch_next_obs, next_action).amin(0)[:, 0]  # (B,)
                 target_q = batch_reward + args.discount * (1 - batch_terminated) * next_q
             q = critic(batch_obs, batch_action[:, None])[..., 0]  # (2, B)
@@ -747,70 +497,62 @@ if __name__ == "__main__":
             critic_loss.backward()
             critic_optimizer.step()
 
-            # K actions per state from the frozen old policy, their values and their weights (9).
-            particles = old_policy.sample(batch_obs, K, generator, sampling_dtype)  # (B, K, A)
+            # K actions per state from the frozen old policy, and their values.
+            particles = old_policy.sample(batch_obs, K, generator)  # (B, K, A)
             particles += args.particle_noise * torch.randn(particles.shape, generator=generator, device=device)
             particles.clamp_(-1, 1)
-            temperature = log_temperature.detach().exp()
             with torch.no_grad():
                 particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
             check_finite(critic_loss=critic_loss, q=particle_q)
-            weights, nu = reweight(particle_q, temperature)
+
+            # Their weights (9). lambda starts where the first ones are next to the target KL.
+            if num_updates == 0 and args.temperature == 0:
+                grid = torch.logspace(-8, 8, 161, device=device)
+                weights, _ = reweight(particle_q, grid[:, None, None])  # (161, B, K)
+                log_temperature.data.copy_(grid[(math.log(K) - entropy(weights) - args.target_kl).abs().argmin()].log())
+            temperature = log_temperature.detach().exp()
+            weights, nu = compiled_reweight(particle_q, temperature)
 
             # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
             t = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
             noise = torch.randn(particles.shape, generator=generator, device=device)
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
-            policy_optimizer.zero_grad()
-            policy_loss.backward()
-            frac = min(global_step / args.total_timesteps, 1)
-            policy_optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
-            policy_optimizer.step()
 
-            # Temperature: dual loss (30) with the entropy of the weights, clipped to be positive and normalised. Its
-            # gradient moves log lambda: lambda stays positive, and its relative change per step does not depend on it.
-            p = weights.clamp(min=1e-6)
-            p = p / p.sum(-1, keepdim=True)
-            entropy = -(p * p.log()).sum(-1).mean()
-            temperature_loss = log_temperature * (args.target_kl - (math.log(K) - entropy))
-            temperature_optimizer.zero_grad()
-            temperature_loss.backward()
-            temperature_optimizer.step()
-            log_temperature.data.clamp_(min=-20)  # ties at the bounds of the actions can keep the KL below any target
+            # Temperature: the dual loss (30); its gradient moves log lambda, so that lambda stays positive.
+            temperature_loss = log_temperature * (args.target_kl - (math.log(K) - entropy(weights)))
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
+            optimizer.zero_grad()
+            (policy_loss + temperature_loss).backward()  # they share no parameter
+            frac = min(global_step / args.total_timesteps, 1)
+            optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
+            optimizer.step()
+            log_temperature.data.clamp_(min=-20)  # ties at the bounds of the actions can keep the KL below any target
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
-                for target, online in zip(critic_target.parameters(), critic.parameters(), strict=True):
-                    target.lerp_(online, args.tau)
+                torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
             num_updates += 1
             if num_updates % args.old_policy_interval == 0:
                 old_policy.load_state_dict(policy.state_dict())
 
         progress.update(args.num_envs)
-        if critic_loss is not None and passed(args.log_every):
+        if critic_loss is not None and times(args.log_every):
             scalars = {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,
                 "q/mean": q.mean(),
                 "q/particle_spread": particle_q.std(-1).mean(),
                 "weights/temperature": temperature,
-                "weights/entropy": entropy,
+                "weights/entropy": entropy(weights),
                 "weights/share_negative": (weights < 0).float().mean(),
                 "weights/negative_mass": weights.clamp(max=0).abs().mean(),
                 "weights/max": weights.amax(-1).mean(),
-                "weights/effective_actions": (weights.abs().sum(-1) ** 2 / weights.square().sum(-1)).mean(),
                 "policy/action_spread": particles.std(1).mean(),
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
-            log(scalars)
-        progress.set_postfix({name: f"{value:.0f}" for name, value in latest.items()}, refresh=False)
-    progress.close()
-    envs.close()
-    if stop:
-        print(f"stopped at step {global_step}" + (f"; go on with --resume {run_dir}" if checkpoints.files else ""))
-        raise SystemExit(128 + stop[0])
-    try:
-        save(run_dir / "model.pt", args, policy, critic)
-    except OSError as error:
-        raise SystemExit(f"trained, but {run_dir / 'model.pt'} cannot be written: {error.strerror}") from None
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+    writer.close()
+    if stop_signals:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        raise SystemExit(128 + stop_signals[0])

@@ -1,10 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "dm_control==1.0.50", "gymnasium==1.4.0", "matplotlib==3.11.2", "moviepy==2.2.1", "mujoco==3.17.0", "numpy==2.4.6",
-#   "shimmy==2.0.1", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
-# ]
-# ///
 """SiMPO with negative reweighting: Lin. Neg. (--power 1) and Sqr. Neg. (--power 2).
 
 Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning", arXiv 2603.10250 (newer name: GeMPO).
@@ -16,7 +9,6 @@ Algorithm 1 with the temperature rule (30).
 """
 
 import copy
-import csv
 import json
 import math
 import os
@@ -27,10 +19,9 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import mujoco
@@ -40,7 +31,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,10 +48,8 @@ LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0"
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # Gymnasium id with Box spaces, or a DM Control task: dm_control/cheetah-run-v0
-    # reward as a function of speed (appendix F.2), on dm_control/cheetah-run-v0 and dm_control/walker-run-v0 only
-    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"
-    # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
-    landscape_c: Annotated[float, "above 0 and at most 700", lambda c: 0 < c <= 700] = 3.0
+    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"  # to train on (appendix F.2)
+    landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
     total_timesteps: Count = 1_000_000  # environment steps, all environments together
     num_envs: Count = 5  # parallel environments
     seed: Every = 1  # seed of the networks, the environments and all draws
@@ -78,8 +66,7 @@ class Args:
     error_clip: Positive = 5.0  # limit of a squared velocity error of (7) over (pi/2)^2, per dimension; bounds case II
 
     # diffusion and optimisation (table in appendix F)
-    # sampler: DPM-Solver++(2M), deterministic given a_1, or ancestral steps with the noise of the authors' code
-    solver: Literal["dpm", "ddpm"] = "dpm"
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
     diffusion_steps: Every = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
@@ -104,15 +91,13 @@ class Args:
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
-    # precision of the policy network's products, in its draws and its loss; the critics' are float32
-    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def __post_init__(self):
         """Raises SystemExit with one line for the first argument that makes no sense."""
         self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
-        hints = get_type_hints(Args, include_extras=True)
-        rules = {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+        rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         log_k = math.log(max(self.num_particles, 2))
         rules["target_kl"] = f"above 0 and below log(num_particles) = {log_k:.2f}", lambda kl: 0 < kl < log_k
         rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
@@ -152,15 +137,12 @@ class Critic(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """pi(a|s) as a diffusion model with velocity prediction on the cosine schedule.
-
-    alpha_t = cos(pi t/2), sigma_t = sin(pi t/2) at T times: t = i/T for solver ddpm, (i/T)^2 for dpm, i = 1 ... T.
-    """
+    """pi(a|s) as a diffusion model with velocity prediction: a_t = alpha_t a_0 + sigma_t eps, the cosine schedule."""
 
     def __init__(self, obs_dim, action_dim, hidden_dim, solver, steps, dtype=torch.float32):
         super().__init__()
         self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
-        t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)
+        t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)  # 0 to 1
         alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
         # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
         (alpha_u, alpha), (sigma_u, sigma), t = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:]), t[1:]
@@ -270,30 +252,22 @@ def reweight(q, temperature, power, epsilon):
 
 
 def entropy(weights):
-    """H of (30): entropy of weights (B, K), clipped to be positive and normalised; the mean over the states."""
+    """H of (30) of weights (..., B, K), clipped to be positive and normalised: the mean over the B states, (...)."""
     p = weights.clamp(min=1e-6)
     p = p / p.sum(-1, keepdim=True)
-    return -(p * p.log()).sum(-1).mean()
+    return -(p * p.log()).sum(-1).mean(-1)
 
 
-class RewardLandscape(gym.Wrapper):
-    """Appendix F.2: reward a function of z = clip(speed / target, 0, 1); info["native_reward"] keeps the native one."""
-
-    def __init__(self, env, args):
-        super().__init__(env)
-        self.landscape, self.c, self.target = args.reward_landscape, args.landscape_c, LANDSCAPE_SPEED[args.env_id]
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        physics = self.unwrapped._env.physics
-        speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
-        z = min(max(float(speed) / self.target, 0.0), 1.0)
-        shaped = {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": math.expm1(self.c * z) / math.expm1(self.c)}
-        return obs, shaped[self.landscape], terminated, truncated, {**info, "native_reward": reward}
+def shaped_reward(physics, args):
+    """Appendix F.2: the reward landscapes from flat to steep, functions of z = clip(speed / target, 0, 1) in [0, 1]."""
+    speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
+    z, c = min(max(float(speed) / LANDSCAPE_SPEED[args.env_id], 0.0), 1.0), args.landscape_c
+    exp = math.exp(c * (z - 1)) * math.expm1(-c * z) / math.expm1(-c)  # without e^c, which may overflow
+    return {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": exp}[args.reward_landscape]
 
 
-def make_env(args, video_folder=None):
-    """An environment with flat observations and actions rescaled to [-1, 1]. Raises SystemExit on an unfit id."""
+def make_env(args, training=False, video_folder=None):
+    """Flat observations, actions in [-1, 1], in training the landscape's reward; SystemExit if the id does not fit."""
     mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
     env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
     try:
@@ -301,15 +275,17 @@ def make_env(args, video_folder=None):
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
-    fit = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
-    if not fit or not np.isfinite([action_space.low, action_space.high]).all():
+    continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
+    if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
         rule = "observations and actions must be continuous (Box), actions within bounds"
         raise SystemExit(f"--env-id {args.env_id}: {rule}; it has {obs_space} and {action_space}")
-    if args.reward_landscape != "native":
-        env = RewardLandscape(env, args)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    return gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    if training and args.reward_landscape != "native":
+        physics = env.unwrapped._env.physics
+        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
+    return gym.wrappers.RecordEpisodeStatistics(env) if training else env
 
 
 class ReplayBuffer:
@@ -334,57 +310,45 @@ class ReplayBuffer:
         return obs, next_obs, action, reward[:, 0], terminated[:, 0]
 
 
-def evaluate(policy, critic, args, stop_signals=(), video_folder=None):
-    """Returns of eval_episodes episodes, acting by the best of eval_draws draws: as trained (N,), native (N,).
-
-    Environments, seeds and generator are its own: training goes on as if it had not been called. Ends early, with no
-    meaningful result, as soon as there is something in stop_signals.
-    """
-    folders = [video_folder] + [None] * (args.eval_episodes - 1)
-    envs = gym.vector.SyncVectorEnv([lambda folder=folder: make_env(args, folder) for folder in folders])
+def evaluate(policy, critic, args, stop_signals=()):
+    """Returns (N,) in the native reward, acting by the best of eval_draws draws; meaningless after a stop signal."""
+    folders = [f"{args.evaluate}/videos" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
+    envs = gym.vector.SyncVectorEnv([lambda folder=folder: make_env(args, video_folder=folder) for folder in folders])
     generator = torch.Generator(args.device).manual_seed(args.seed + 10_000)
     obs, _ = envs.reset(seed=args.seed + 10_000)
-    returns, native_returns = np.zeros((2, args.eval_episodes))
-    running = np.ones(args.eval_episodes, dtype=bool)
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     while running.any() and not stop_signals:
         obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
         actions = policy.sample(obs, args.eval_draws, generator)  # (N, draws, A)
         with torch.no_grad():
             best = critic(obs, actions).amin(0).argmax(-1)
-        obs, reward, terminated, truncated, infos = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
+        obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
         returns += running * reward
-        native_returns += running * infos.get("native_reward", reward)
         running &= ~(terminated | truncated)
     envs.close()
-    return returns, native_returns
+    return returns
 
 
 def write_evaluations(run_dir, evaluations):
     """runs/<run_name>/eval.csv, one row per evaluation, and learning_curve.png: mean and standard deviation."""
-    with open(run_dir / "eval.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, evaluations[0])
-        table.writeheader()
-        table.writerows(evaluations)
+    table = [evaluations[0].keys(), *(row.values() for row in evaluations)]
+    (run_dir / "eval.unfinished").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+    os.replace(run_dir / "eval.unfinished", run_dir / "eval.csv")
     step, mean, std = (np.array([row[name] for row in evaluations]) for name in ("step", "mean", "std"))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     axes.plot(step, mean, marker="o", markersize=3)
     axes.fill_between(step, mean - std, mean + std, alpha=0.2)
     axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
 
 def save(path, state):
     """torch.save, written aside and moved into place: a file of this name is always whole."""
-    unfinished = path.with_suffix(".unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)  # or it would fill what is left of a full disk
+    with open(path.with_suffix(".unfinished"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def load(path):
@@ -400,22 +364,23 @@ def load(path):
 if __name__ == "__main__":
     # Arguments. --resume and --evaluate take those of the run; flags given now win, except some that cannot change.
     args, script, state = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
-    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     if args.evaluate or args.resume:
         state = load(run_dir / "checkpoint.pt")
         args = tyro.cli(Args, description=__doc__, default=Args(**state["args"] | dict(resume="", evaluate="")))
-        fixed = "env_id hidden_dim reward_landscape landscape_c"
+        fixed = "env_id hidden_dim"
         if args.resume:
-            fixed += " num_envs seed buffer_size solver diffusion_steps critic_lr temperature temperature_lr"
+            fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps"
+            fixed += " critic_lr temperature temperature_lr"
         changed = [name for name in fixed.split() if getattr(args, name) != state["args"][name]]
         if changed or script != state["script"]:
             raise SystemExit(f"{run_dir} was made by {state['script']}.py with other {', '.join(changed) or 'weights'}")
 
     # The machine.
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
-    if not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl" if args.capture_video else "disable")  # only videos are rendered
+    renderer = "egl" if sys.platform == "linux" else "glfw"
+    os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
     torch.compiler.set_stance("default" if args.compile else "force_eager")
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
@@ -426,8 +391,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
 
     # Environments, networks, temperature, optimisers, replay buffer.
-    make = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(args))] * args.num_envs
-    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks
     device, policy_dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
@@ -443,7 +407,7 @@ if __name__ == "__main__":
     parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
     parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer)
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
-    global_step, num_updates, evaluations, start, latest, critic_loss = 0, 0, [], time.time(), {}, None
+    global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
     episode = np.full(args.num_envs, -1)  # which one runs in each environment
 
     def reset(which):
@@ -461,9 +425,8 @@ if __name__ == "__main__":
         global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
         start, buffer.added, episode = start - state["seconds"], state["added"], np.array(state["episode"]) - 1
     if args.evaluate:
-        video_folder = str(run_dir / "videos") if args.capture_video else None
-        for kind, x in zip(["return", "native return"], evaluate(policy, critic, args, (), video_folder), strict=True):
-            print(f"{args.env_id}: {kind} {x.mean():.1f} +- {x.std():.1f}, {len(x)} episodes")
+        returns = evaluate(policy, critic, args)
+        print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
         raise SystemExit
     obs = reset(np.ones(args.num_envs, dtype=bool))
     if state:
@@ -475,15 +438,12 @@ if __name__ == "__main__":
         if not np.array_equal(obs, state["obs"].numpy()):
             warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
-    def explain(kind, error, traceback):
-        """One line when a file cannot be written."""
-        if issubclass(kind, OSError):
-            print(f"stopped: {error}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, traceback)
-
     # The run's directory and logs.
-    sys.excepthook = explain
+    sys.excepthook = lambda kind, error, traceback: (
+        print(f"stopped: {error}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
+        if issubclass(kind, OSError) or kind.__module__.startswith("wandb")  # files that cannot be written, no account
+        else sys.__excepthook__(kind, error, traceback)
+    )
     threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
     run_dir.mkdir(parents=True, exist_ok=bool(state))
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -491,16 +451,9 @@ if __name__ == "__main__":
         import wandb
 
         run = dict(project=args.wandb_project, name=run_dir.name, id=run_dir.name, config=asdict(args), dir=run_dir)
-        try:
-            wandb.init(**run, resume="allow", sync_tensorboard=True)
-        except wandb.Error as error:
-            raise SystemExit(f"--track: {error}; WANDB_MODE=offline records for a later wandb sync") from None
+        wandb.init(**run, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: without an account
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if state else None)  # hides what will come again
     print(f"{run_dir} on {device}, policy in {policy_dtype}, {'compiled' if args.compile else 'not compiled'}")
-
-    def log(scalars):
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, global_step)
 
     def check_finite(**quantities):
         for name, value in quantities.items():
@@ -512,7 +465,7 @@ if __name__ == "__main__":
         return every and global_step // every - max(0, global_step - args.num_envs) // every
 
     def checkpoint():
-        check_finite(parameters=parameters_to_vector([*policy.parameters(), *critic.parameters()]))
+        check_finite(**dict(policy.named_parameters()), **dict(critic.named_parameters()))
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(script=script, args=asdict(args), global_step=global_step, num_updates=num_updates)
         state |= dict(evaluations=evaluations, seconds=time.time() - start, log_temperature=log_temperature.detach())
@@ -529,15 +482,15 @@ if __name__ == "__main__":
         last = global_step >= args.total_timesteps
 
         # Evaluate, when due and at the end.
-        evaluated = bool(evaluations) and evaluations[-1]["step"] == global_step
-        if args.eval_every and (times(args.eval_every) or last) and not evaluated:
-            returns, native = evaluate(policy, critic, args, stop_signals)
+        due = (times(args.eval_every) or last) and global_step not in [row["step"] for row in evaluations]
+        if args.eval_every and due:
+            returns = evaluate(policy, critic, args, stop_signals)
             if not stop_signals:
-                latest["eval"] = returns.mean()
-                log({"eval/return": returns.mean(), "eval/native_return": native.mean()})
-                row = dict(mean=returns.mean(), std=returns.std(), native_mean=native.mean(), native_std=native.std())
-                row = {name: round(float(x), 3) for name, x in (row | dict(seconds=time.time() - start)).items()}
-                evaluations.append({"step": global_step, **row, "returns": " ".join(f"{x:.2f}" for x in returns)})
+                mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
+                tqdm.write(f"step {global_step}: return {mean:.1f} +- {std:.1f}")
+                writer.add_scalar("eval/return", mean, global_step)
+                returns = " ".join(f"{x:.2f}" for x in returns)
+                evaluations.append(dict(step=global_step, mean=mean, std=std, seconds=seconds, returns=returns))
                 write_evaluations(run_dir, evaluations)
 
         # Checkpoint, when due, at the end, or asked to stop.
@@ -557,8 +510,7 @@ if __name__ == "__main__":
         buffer.add(obs, next_obs, action, reward, terminated)
         obs, done = next_obs, terminated | truncated
         if done.any():
-            latest["train"] = infos["episode"]["r"][done].mean()
-            log({"train/return": latest["train"]})
+            writer.add_scalar("train/return", infos["episode"]["r"][done].mean(), global_step)
             obs = reset(done)
 
         for _ in range(times(args.steps_per_update) if global_step > args.learning_starts else 0):
@@ -583,15 +535,11 @@ if __name__ == "__main__":
                 particle_q = critic(batch_obs, particles).mean(0)  # (B, K)
             check_finite(critic_loss=critic_loss, q=particle_q)
 
-            # Their weights (9). lambda starts where the first weights meet the target KL: bisect log lambda.
+            # Their weights (9). lambda starts where the first ones are next to the target KL.
             if num_updates == 0 and args.temperature == 0:
-                low, high = -20.0, 20.0
-                for _ in range(30):
-                    middle = (low + high) / 2
-                    log_temperature.data.fill_(middle)
-                    weights, _ = compiled_reweight(particle_q, log_temperature.detach().exp(), args.power, args.epsilon)
-                    too_greedy = math.log(K) - entropy(weights) > args.target_kl
-                    low, high = (middle, high) if too_greedy else (low, middle)
+                grid = torch.logspace(-8, 8, 161, device=device)
+                weights, _ = reweight(particle_q, grid[:, None, None], args.power, args.epsilon)  # (161, B, K)
+                log_temperature.data.copy_(grid[(math.log(K) - entropy(weights) - args.target_kl).abs().argmin()].log())
             temperature = log_temperature.detach().exp()
             weights, nu = compiled_reweight(particle_q, temperature, args.power, args.epsilon)
 
@@ -600,8 +548,7 @@ if __name__ == "__main__":
             noise = torch.randn(particles.shape, generator=generator, device=device)
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
 
-            # Temperature: the dual loss (30). Its gradient moves log lambda: lambda stays positive, and its relative
-            # change per step does not depend on it.
+            # Temperature: the dual loss (30); its gradient moves log lambda, so that lambda stays positive.
             temperature_loss = log_temperature * (args.target_kl - (math.log(K) - entropy(weights)))
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
             optimizer.zero_grad()
@@ -630,13 +577,11 @@ if __name__ == "__main__":
                 "weights/share_negative": (weights < 0).float().mean(),
                 "weights/negative_mass": weights.clamp(max=0).abs().mean(),
                 "weights/max": weights.amax(-1).mean(),
-                "weights/effective_actions": (weights.abs().sum(-1) ** 2 / weights.square().sum(-1)).mean(),
                 "policy/action_spread": particles.std(1).mean(),
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
-            log(scalars)
-        progress.set_postfix({name: f"{value:.0f}" for name, value in latest.items()}, refresh=False)
-    progress.close()
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
     writer.close()
     if stop_signals:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
