@@ -66,3 +66,31 @@ def test_predicted_action_is_held_in_the_bounds(solver, monkeypatch):
     policies, generator = policies_with_exact_velocity(solver, STEPS[solver], monkeypatch)
     draws = policies.sample(torch.randn(len(DEVIATIONS), STEPS[solver], 1000, generator=generator), 0.25)
     assert draws.max() == 0.25 and draws.min() >= -0.25
+
+
+@pytest.mark.parametrize("solver", STEPS)
+def test_trained_on_the_times_that_are_sampled(solver, monkeypatch):
+    """Every step of the solver, and no other, is drawn equally often; noisy actions are those of its time."""
+    steps, seen, loss = STEPS[solver], [], bandit.Policies.loss
+
+    def spy(self, action, weights, i, noise, error_clip):
+        seen.append(i.flatten())
+        return loss(self, action, weights, i, noise, error_clip)
+
+    monkeypatch.setattr(bandit.Policies, "loss", spy)
+    args = bandit.Args(seeds=8, rounds=2, updates=20, fit_updates=20, solver=solver, diffusion_steps=steps)
+    for learn in (
+        lambda: bandit.train(bandit.trials_for(bandit.ESCAPE, ["Linear"], args), args),
+        lambda: bandit.fit([torch.ones_like], args),
+    ):
+        seen.clear()
+        learn()
+        share = torch.cat(seen).bincount(minlength=steps) / sum(map(len, seen))
+        assert share.tolist() == pytest.approx([1 / steps] * steps, rel=0.15)
+
+
+def test_where_dpm_is_of_first_order():
+    """The step from t = 1, the one after it, whose step before was infinitely long in log(alpha / sigma), the last."""
+    t, alpha, sigma, from_t, from_0, extrapolate, std = bandit.noise_schedule("dpm", 8).unbind(1)
+    assert extrapolate[[0, 6, 7]].tolist() == [0, 0, 0] and (extrapolate[1:6] > 0).all() and (std == 0).all()
+    assert (from_t[0], from_0[0], alpha[7], sigma[7], t[7]) == (0, 1, 0, 1, 1)
