@@ -59,8 +59,9 @@ def train(folder, command, cpus, gpus):
     env = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"], threads)
     env = os.environ | env | {"TQDM_DISABLE": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     # The training holds the lock, too, so that it is never joined by another one when this worker is killed.
-    with open(folder / "lock", "w") as lock, open(folder / "log", "a") as log:
+    with open(folder / "lock", "a") as lock, open(folder / "log", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
         print(os.getpid(), "on", os.uname().nodename, file=lock, flush=True)
         if (folder / "command").exists() and (folder / "command").read_text() != shlex.join(command):
             raise RuntimeError(f"{folder} was made by another command, see {folder / 'command'}; choose another --out")
@@ -127,7 +128,8 @@ if __name__ == "__main__":
         command += [f"--{flag}" for flag in [*args.frame.split(), *flags.split()]]
         running[task.remote(folder, command, args.cpus, args.gpus)] = folder, (script, env_id, flags), seed
 
-    values, failed = {}, []  # (script, environment, flags) -> {seed: return}
+    values = {method: {} for _, method, _ in running.values()}  # (script, environment, flags) -> {seed: return}
+    failed = []
     progress = tqdm(total=len(running), unit="run", smoothing=0, dynamic_ncols=True)
     while running:
         done, _ = ray.wait(list(running), timeout=1)
@@ -136,7 +138,7 @@ if __name__ == "__main__":
             try:
                 ray.get(run)
                 (path,) = folder.glob("runs/*/eval.csv")
-                values.setdefault(method, {})[seed] = stats.read(path, args.column)[1][-1]
+                values[method][seed] = stats.read(path, args.column)[1][-1]
             except Exception as error:  # whatever it is, the others go on
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()
                 failed.append(f"FAILED {' '.join(method)} seed {seed}: {reason[0]}")
@@ -150,6 +152,8 @@ if __name__ == "__main__":
 
     rows = []
     for (script, env_id, flags), returns in values.items():
+        if not returns:
+            continue
         figures = map(float, stats.interval(stats.iqm, np.array(list(returns.values()))))
         rows.append([Path(script).name, env_id, flags, " ".join(map(str, sorted(returns))), *figures])
     stats.write(args.out / "table.csv", "script environment flags seeds iqm low high".split(), rows)
