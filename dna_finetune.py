@@ -106,14 +106,12 @@ class Args:
     lr: Positive = 5e-4  # learning rate of fine-tuning
     grad_norm: Positive = 10.0  # gradients are scaled down to this norm
     kl_weight: NonNegative = 0.0  # weight of the KL to the pretrained model, per token; 0 as in the paper
-    # p_old: the model being tuned, refreshed every round, or the pretrained one throughout
-    samples_from: Literal["tuned", "pretrained"] = "tuned"
+    samples_from: Literal["tuned", "pretrained"] = "tuned"  # p_old: the model as it is now, or as it was at first
 
     # evaluation, output, machine
     eval_samples: Several = 640  # sequences drawn from each tuned model
     eval_elbo_draws: Count = 16  # masked copies per sequence for its log-likelihood under the pretrained model
-    # the most active share of the data, which 3-mers are compared with; the paper has 0.001 of 735,156
-    top_share: Share = 0.01
+    top_share: Share = 0.01  # most active share of the data, whose 3-mers count; the paper has 0.001 of 735,156
     seed: Seed = 1  # seed of the data, the pretraining and the oracles, and first seed of the fine-tuning
     seeds: Count = 1  # fine-tuning runs per method, with seeds seed, seed + 1, ...
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
@@ -267,13 +265,14 @@ def reweight(q, temperature, power, epsilon):
 
 def weigh(method, q, temperature, epsilon):
     """Weights of K sequences by name: q (..., K) -> (..., K), of mean 1, but for wd1, whose mean is 0 (Example 3.4)."""
-    weights = q.shape[-1] * torch.softmax(q.double() / temperature, -1)  # exp: (2), (5)
-    if method == "wd1":
-        weights = weights - q.shape[-1] * torch.softmax(-q.double() / temperature, -1)
-    elif method != "exp":
-        floor = epsilon if method.endswith("neg") else 0.0
-        weights, _ = reweight(q, temperature, 1 if method.startswith("lin") else 2, floor)
-    return weights.to(q.dtype)
+
+    def softmax(q):  # (2), (5)
+        return (q.shape[-1] * torch.softmax(q.double() / temperature, -1)).to(q.dtype)
+
+    if method in ("exp", "wd1"):
+        return softmax(q) if method == "exp" else softmax(q) - softmax(-q)
+    floor = epsilon if method.endswith("neg") else 0.0
+    return reweight(q, temperature, 1 if method.startswith("lin") else 2, floor)[0]
 
 
 @torch.no_grad()
@@ -312,10 +311,9 @@ def finetune(pretrained, oracle, length, method, seed, args, judges):
 
     The curve has one row per round; judges, functions of x (K, L) by name, are only looked at there.
     """
-    denoiser, start = copy.deepcopy(pretrained).requires_grad_(True), time.time()
+    denoiser, curve, start = copy.deepcopy(pretrained).requires_grad_(True), [], time.time()
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.lr)
     generator = torch.Generator(next(pretrained.parameters()).device).manual_seed(seed)
-    curve = []
     for k in (progress := tqdm(range(args.rounds), desc=f"{method}-seed{seed}", unit="round", dynamic_ncols=True)):
         # K sequences from p_old, their rewards, their weights (9), (11).
         p_old, K = denoiser if args.samples_from == "tuned" else pretrained, args.num_particles
@@ -641,8 +639,7 @@ def summarise(rows, curves, run_dir):
         likelihood = [row["log_likelihood"] for row in mine[method]]
         axes.plot(likelihood, scores[method], "o", color=COLOURS[method], label=LABELS[method])
         axes.plot(np.mean(likelihood), scores[method].mean(), "+", color=COLOURS[method], markersize=16)
-    axes.set_xlabel("log-likelihood under the pretrained model (ELBO, nats)")
-    axes.set_ylabel("Pred-Activity (+: mean of the seeds)")
+    axes.set(xlabel="log-likelihood under the pretrained model (ELBO, nats)", ylabel="Pred-Activity (+: mean)")
     axes.legend(fontsize=8)
     figure.savefig(run_dir / "score_likelihood.png", dpi=120)
     plt.close(figure)
@@ -684,8 +681,7 @@ def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
     content = load(path)
     if not isinstance(content, dict) or content.get("kind") != kind:
-        advice = "benchmark/dna_convert.py makes one of a published checkpoint"
-        raise SystemExit(f"{path} holds no {kind} of this script; {advice}")
+        raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
     state = content["state"]
     if kind == "denoiser":
         model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
@@ -752,7 +748,10 @@ if __name__ == "__main__":
         import wandb
 
         run = dict(project=args.wandb_project, name=run_dir.name, config=asdict(args), dir=run_dir)
-        wandb.init(**run, sync_tensorboard=True)  # without an account: WANDB_MODE=offline
+        try:
+            wandb.init(**run, sync_tensorboard=True)
+        except wandb.Error as error:
+            raise SystemExit(f"--track: {error}; WANDB_MODE=offline records for a later wandb sync") from None
     writer = SummaryWriter(run_dir)
     print(f"{run_dir} on {device}, sequences drawn in {args.sampling_dtype}: {len(x)} of {length} bases")
 
@@ -761,8 +760,8 @@ if __name__ == "__main__":
 
     def log(tag, curve):
         for row in curve:
-            for name, value in row.items():
-                writer.add_scalar(f"{tag}/{name}", value, row["step"])
+            for name in row.keys() - {"step"}:
+                writer.add_scalar(f"{tag}/{name}", row[name], row["step"])
 
     # Stages that all methods and seeds share: the denoiser on all but the held-out data, and the oracles.
     if not files["pretrained"]:
@@ -810,8 +809,7 @@ if __name__ == "__main__":
         for name in COLUMNS:
             writer.add_scalar(f"evaluation/{method}/{name}", row[name], seed)
         if row["log_likelihood"] < random_likelihood:
-            note = f"less likely under the pretrained model than random ones ({random_likelihood:.0f} nats)"
-            print(f"warning: {tag} has collapsed, its sequences are {note}")
+            print(f"warning: {tag} has collapsed: less likely under the pretrained model than random sequences")
         if lowest_loss < 0 and method != "wd1":
             print(f"warning: the loss of {tag} fell to {lowest_loss:.2f}: below 0 it has no bound (case II)")
         if row["distinct"] < 0.5:

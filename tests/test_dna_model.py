@@ -105,7 +105,7 @@ def test_elbo_of_the_exact_posterior_is_the_log_likelihood():
 def test_sampler_follows_its_law(steps):
     p, n = random_law(3, 1.5), 30_000
     table = Table(p)
-    counts = torch.bincount(index(dna.sample(table, n, 3, steps, torch.Generator().manual_seed(steps), batch=n)))
+    counts = torch.bincount(index(dna.sample(table, n, 3, steps, torch.Generator().manual_seed(steps), batch=n // 3)))
     assert stats.chisquare(counts, n * law(table, steps).numpy(), sum_check=False).pvalue > 1e-4
     other = law(table, 4 - steps if steps != 2 else 1).numpy()  # in other steps, another law
     assert stats.chisquare(counts, n * other, sum_check=False).pvalue < 1e-6
