@@ -398,8 +398,7 @@ if __name__ == "__main__":
     sizes = obs_dim, action_dim, args.hidden_dim
     policy = DiffusionPolicy(*sizes, args.solver, args.diffusion_steps, policy_dtype).to(device)
     critic = Critic(*sizes).to(device)
-    old_policy = copy.deepcopy(policy).requires_grad_(False)
-    critic_target = copy.deepcopy(critic).requires_grad_(False)
+    old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)  # used under no_grad only
     log_temperature = torch.tensor(math.log(args.temperature or 1), device=device, requires_grad=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     groups = [{"params": policy.parameters()}, {"params": log_temperature, "lr": args.temperature_lr}]

@@ -1,7 +1,10 @@
 """Milliseconds per update of simpo_neg.py and of its parts, beside what the machine's matrix products could do.
 
-python benchmark/speed.py --env-id HalfCheetah-v4
-python benchmark/speed.py --scaling     # over K, batch and denoising steps, one at a time: benchmark/scaling.{csv,png}
+    python benchmark/speed.py --env-id HalfCheetah-v4
+    python benchmark/speed.py --hidden-dim 64 --batch-size 64 --num-particles 8     # the frame of "a night on a laptop"
+    python benchmark/speed.py --scaling     # over K, batch and solver steps, one at a time: benchmark/scaling.{csv,png}
+
+One thread: OMP_NUM_THREADS=1. The authors' JAX on the same machine: benchmark/jax_speed.py.
 """
 
 import copy
@@ -11,15 +14,11 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
-import matplotlib
 import torch
 import tyro
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import simpo_neg as simpo
@@ -27,25 +26,19 @@ import simpo_neg as simpo
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
-    """sizes of observations and actions are taken from it"""
-    num_particles: int = 32
-    """K"""
-    batch_size: int = 256
-    """states per update"""
-    diffusion_steps: int = 20
-    """denoising steps"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    sampling_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of the network while actions are drawn"""
-    repeats: int = 10
-    """timed calls of each part; the median is printed"""
-    scaling: bool = False
-    """measure over K, batch size and denoising steps instead"""
+    env_id: str = "HalfCheetah-v4"  # sizes of observations and actions are taken from it
+    num_particles: int = 32  # K
+    batch_size: int = 256  # states per update
+    hidden_dim: int = 256  # units per hidden layer
+    solver: str = "dpm"  # dpm or ddpm
+    diffusion_steps: int = 0  # network calls of a draw; 0: 8 for dpm, 20 for ddpm
+    device: str = "cpu"  # cpu or cuda
+    policy_dtype: str = simpo.Args().policy_dtype  # float32 or bfloat16
+    repeats: int = 20  # timed calls of each part; the median is printed
+    scaling: bool = False  # measure over K, batch size and solver steps instead
 
 
-SWEEPS = {"num_particles": [8, 16, 32, 64, 128], "batch_size": [64, 128, 256, 512], "diffusion_steps": [5, 10, 20, 40]}
+SWEEPS = {"num_particles": [8, 16, 32, 64, 128], "batch_size": [64, 128, 256, 512], "diffusion_steps": [4, 8, 16, 32]}
 
 
 def milliseconds(function, device, repeats):
@@ -61,9 +54,9 @@ def milliseconds(function, device, repeats):
 
 
 def measure(args, obs_dim, action_dim):
-    """Milliseconds of each part of one update, and of its 256 x 256 matrix products alone."""
-    S, A, B, K, T, H = obs_dim, action_dim, args.batch_size, args.num_particles, args.diffusion_steps, 256
-    device, dtype = torch.device(args.device), getattr(torch, args.sampling_dtype)
+    """Milliseconds of each part of one update, and of its hidden layers' matrix products alone."""
+    B, K, T, H = args.batch_size, args.num_particles, args.diffusion_steps, args.hidden_dim
+    device, dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
     generator = torch.Generator(device).manual_seed(0)
 
     def product(dtype):
@@ -71,16 +64,16 @@ def measure(args, obs_dim, action_dim):
         return milliseconds(lambda: x @ w, device, 50)
 
     torch.compiler.reset()
-    policy = simpo.DiffusionPolicy(S, A, H, T).to(device)
+    policy = simpo.DiffusionPolicy(obs_dim, action_dim, H, args.solver, T, dtype).to(device)
     old_policy = copy.deepcopy(policy).requires_grad_(False)
-    critic = simpo.Critic(S, A, H).to(device)
+    critic = simpo.Critic(obs_dim, action_dim, H).to(device)
     policy_optimizer = torch.optim.Adam(policy.parameters(), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), fused=True)
-    obs, target_q = torch.randn(B, S, device=device), torch.randn(2, B, device=device)
-    particles = old_policy.sample(obs, K, generator, dtype)
-    t = torch.randint(T, (B, K), device=device)
-    noise = torch.randn(particles.shape, device=device)
-    weights = torch.ones(B, K, device=device)
+    obs, target_q = torch.randn(B, obs_dim, device=device), torch.randn(2, B, device=device)
+    particles = old_policy.sample(obs, K, generator)
+    t, noise = torch.randint(T, (B, K), device=device), torch.randn(particles.shape, device=device)
+    weights, temperature = torch.ones(B, K, device=device), torch.ones((), device=device)
+    reweight = torch.compile(simpo.reweight, dynamic=False)
 
     @torch.no_grad()
     def values():
@@ -99,25 +92,24 @@ def measure(args, obs_dim, action_dim):
         policy_optimizer.step()
 
     q = values()
-    # Products of the two hidden layers alone: T steps of sampling; forward and twice that backward; two critics.
-    bound = 2 * T * product(dtype) + (6 + 4) * product(torch.float32)
+    # Products of the two hidden layers alone: T calls of a draw, forward and twice that backward, two critics.
+    bound = (2 * T + 6) * product(dtype) + 4 * product(torch.float32)
     parts = {
-        "action of the Bellman target": lambda: policy.sample(obs, 1, generator, dtype),
+        "action of the Bellman target": lambda: policy.sample(obs, 1, generator),
         "critic step": critic_step,
-        "draw K actions": lambda: old_policy.sample(obs, K, generator, dtype),
+        "draw K actions": lambda: old_policy.sample(obs, K, generator),
         "values of the K actions": values,
-        "weights": lambda: simpo.reweight(q, 1.0, 1.0, 0.5),
+        "weights": lambda: reweight(q, temperature, 1.0, 0.5),
         "policy step": policy_step,
     }
-    measured = {name: milliseconds(part, device, args.repeats) for name, part in parts.items()}
-    return measured, bound
+    return {name: milliseconds(part, device, args.repeats) for name, part in parts.items()}, bound
 
 
 def scaling(args, obs_dim, action_dim):
     """Times an update over each setting of SWEEPS, the other two as given; writes scaling.csv and scaling.png."""
     rows, folder = [], Path(__file__).parent
     base = sum(measure(args, obs_dim, action_dim)[0].values())
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     axes.loglog([1 / 4, 4], [1 / 4, 4], ":", color="grey", label="linear", base=2)
     for name, values in SWEEPS.items():
         times, default = [], getattr(args, name)
@@ -129,7 +121,7 @@ def scaling(args, obs_dim, action_dim):
         axes.loglog([v / default for v in values], [t / base for t in times], "o-", label=name, base=2)
     axes.set(xlabel="setting / default", ylabel="time per update / default", title=f"{args.env_id}, {args.device}")
     axes.legend(frameon=False)
-    figure.savefig(folder / "scaling.png", dpi=110)
+    axes.figure.savefig(folder / "scaling.png", dpi=110)
     with open(folder / "scaling.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
@@ -138,12 +130,13 @@ def scaling(args, obs_dim, action_dim):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    args.diffusion_steps = args.diffusion_steps or simpo.Args(solver=args.solver).diffusion_steps
     gym.logger.min_level = gym.logger.ERROR
-    envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args.env_id)] * 5)
+    envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args)] * 5)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     print(
-        f"{args.env_id}: {args.batch_size} states x {args.num_particles} actions x {args.diffusion_steps} steps, "
-        f"{args.sampling_dtype}, {args.device}, {torch.get_num_threads()} threads"
+        f"{args.env_id}: {args.batch_size} states x {args.num_particles} actions x {args.diffusion_steps} calls "
+        f"({args.solver}), {args.hidden_dim} units, {args.policy_dtype}, {torch.get_num_threads()} threads"
     )
     if args.scaling:
         scaling(args, obs_dim, action_dim)
@@ -152,19 +145,18 @@ if __name__ == "__main__":
     device = torch.device(args.device)
     buffer = simpo.ReplayBuffer(1_000_000, obs_dim, action_dim, device)
     buffer.rows.normal_()  # full, as at the end of a run
-    policy = simpo.DiffusionPolicy(obs_dim, action_dim, 256, args.diffusion_steps).to(device)
+    policy = simpo.DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps).to(device)
     generator, obs = torch.Generator(device).manual_seed(0), torch.tensor(envs.reset(seed=0)[0]).float().to(device)
 
     def act():
-        action = policy.sample(obs, 1, generator, getattr(torch, args.sampling_dtype))[:, 0]
-        envs.step(action.cpu().numpy())
+        envs.step(policy.sample(obs, 1, generator)[:, 0].cpu().numpy())
 
     acting = milliseconds(act, device, args.repeats)  # five environments at once, so the five steps of one update
     parts, bound = measure(args, obs_dim, action_dim)
     update = sum(parts.values())
     for name, value in {"5 environment steps": acting, **parts, "one update": update}.items():
-        print(f"{name:32s} {value:8.1f} ms")
-    print(f"{'its 256 x 256 products alone':32s} {bound:8.1f} ms, measured on this machine just before")
+        print(f"{name:32s} {value:8.2f} ms")
+    print(f"{'its hidden products alone':32s} {bound:8.2f} ms, measured on this machine just before")
     print(f"{'share of that peak':32s} {bound / update:8.0%}")
     print(f"{'environment steps':32s} {5e3 / (acting + update):8.1f} per second of training")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
