@@ -14,7 +14,6 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -67,14 +66,14 @@ def profile(thresholds, *tasks, resamples=1000):
     return interval(lambda *tasks, axis: np.concatenate(tasks, axis).mean(axis), *above, resamples=resamples)
 
 
-def read(path, column="mean"):
-    """An eval.csv -> steps (T,) and returns (T,)."""
+def read(path):
+    """An eval.csv -> steps (T,) and mean returns (T,)."""
     with open(path) as file:
         rows = list(csv.DictReader(file))
-    return np.array([int(row["step"]) for row in rows]), np.array([float(row[column]) for row in rows])
+    return np.array([int(row["step"]) for row in rows]), np.array([float(row["mean"]) for row in rows])
 
 
-def collect(paths, column="mean"):
+def collect(paths):
     """Folders -> {task: {method: (steps (T,), returns (seeds, T))}}, at the steps that all runs of the task have.
 
     A method is the script with those arguments that are not the same in all its runs; the run's directory is named
@@ -95,7 +94,7 @@ def collect(paths, column="mean"):
         seeds = curves[task][" ".join([script, *flags])]
         if args["seed"] in seeds:
             raise SystemExit(f"two runs of one seed: {path.parent} and {seeds[args['seed']][0].parent}")
-        seeds[args["seed"]] = path, dict(zip(*read(path, column), strict=True))
+        seeds[args["seed"]] = path, dict(zip(*read(path), strict=True))
     result = {}
     for task, methods in curves.items():
         steps = sorted(set.intersection(*(set(curve) for runs in methods.values() for _, curve in runs.values())))
@@ -154,14 +153,13 @@ def write(path, header, rows):
 class Args:
     runs: tyro.conf.Positional[list[Path]]  # folders: each run below them counts
     out: Path = Path("runs/statistics")  # folder of tables and pictures
-    column: Literal["mean", "native_mean"] = "mean"  # column of eval.csv
     zero: str = ""  # method whose mean return is 0 on each task's scale; with --one, returns are scaled before all else
     one: str = ""  # method whose mean return is 1
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    curves = collect(args.runs, args.column)
+    curves = collect(args.runs)
     names = sorted({method for methods in curves.values() for method in methods})
     for task, methods in curves.items() if args.zero or args.one else ():
         for name in (args.zero, args.one):

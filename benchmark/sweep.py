@@ -20,7 +20,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -42,7 +41,6 @@ class Args:
     cpus: float = 1  # CPU cores per run, and its threads
     gpus: float = 0  # GPUs per run; 0.25 puts four runs on one, 0 hides them from the runs
     retries: int = 10  # how often a run that was killed is tried again
-    column: Literal["mean", "native_mean"] = "mean"  # column of eval.csv in the table
 
 
 class Killed(Exception):
@@ -138,7 +136,7 @@ if __name__ == "__main__":
             try:
                 ray.get(run)
                 (path,) = folder.glob("runs/*/eval.csv")
-                values[method][seed] = stats.read(path, args.column)[1][-1]
+                values[method][seed] = stats.read(path)[1][-1]
             except Exception as error:  # whatever it is, the others go on
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()
                 failed.append(f"FAILED {' '.join(method)} seed {seed}: {reason[0]}")

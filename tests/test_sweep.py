@@ -34,8 +34,8 @@ while step < 60:
     with open("steps", "a") as file:
         print(os.getpid(), step, file=file)
     if step % 10 == 0:
-        rows.append(f"{step},{x},0,{x},0,{time.time()},{x}")
-        header = "step,mean,std,native_mean,native_std,seconds,returns"
+        rows.append(f"{step},{x},0,{time.time()},{x}")
+        header = "step,mean,std,seconds,returns"
         (run / "eval.csv").write_text("\\n".join([header, *rows]) + "\\n")
     if step % 10 == 0 or stop:
         (run / "unfinished").write_text(json.dumps([step, x, rows]))
