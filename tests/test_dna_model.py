@@ -79,6 +79,8 @@ def small_denoiser():
     denoiser = dna.Denoiser(8, 1).requires_grad_(False)
     nn.init.normal_(denoiser.logits.weight, std=0.7)
     nn.init.normal_(denoiser.shifts)
+    for conv in denoiser.convs:
+        nn.init.normal_(conv.weight, std=0.5)  # so that what is seen elsewhere matters
     return denoiser
 
 
