@@ -521,8 +521,8 @@ def figure_2(args):
             histograms += [dict(method=method, stage=stage, x=x, share=y) for x, y in zip(middles, share, strict=True)]
         bottom.set_yscale("symlog", linthresh=0.01)
         bottom.set(xlabel="action $a$", ylabel="share of draws, all trials", ylim=(0, 8), title="policy")
-        bottom.legend(fontsize=8, loc="upper center", ncols=3)
-    axes[1, 0].set_title(f"means and 95% intervals, $\\epsilon$ = {args.epsilon:g}")
+        bottom.legend(fontsize=8, loc="upper center", ncols=3, columnspacing=1)
+    axes[1, 0].set_title("means and 95% intervals")
     axes[1, 0].legend(fontsize=8, loc="upper right", ncols=2)
     save(args, "figure2", figure, regret_rows("escape", trials, regret))
     save_csv(args.save_dir / "figure2_histograms.csv", histograms)

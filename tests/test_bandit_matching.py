@@ -48,6 +48,23 @@ def kolmogorov(draws, parts, t):
     return (cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max().item()
 
 
+@pytest.mark.parametrize("solver, power", [("dpm", 2), ("ddpm", 1)])
+def test_loss_is_7_by_hand(solver, power, monkeypatch):
+    """One policy, three actions, each with its own weight and time, and an error beyond the clip."""
+    monkeypatch.setattr(bandit.Policies, "velocity", lambda self, x, i: 0.3 * x + i)
+    zeros, generator = torch.zeros(1, 1), torch.Generator().manual_seed(0)
+    policies = bandit.Policies(zeros, zeros + 1, [generator], [0], 4, bandit.noise_schedule(solver, 4))
+    actions, weights, steps, noises = [0.5, -1.0, 2.0], [1.2, -0.3, 2.0], [0, 2, 3], [0.1, -0.7, 1.5]
+    total = 0
+    for action, weight, i, noise in zip(actions, weights, steps, noises, strict=True):
+        t = ((i + 1) / 4) ** power
+        alpha, sigma = math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t)
+        error = 0.3 * (alpha * action + sigma * noise) + i - (alpha * noise - sigma * action)
+        total += weight * min(error**2, 20.0) / 3
+    rows = [torch.tensor([row]) for row in (actions, weights, steps, noises)]
+    assert policies.loss(*rows, 20.0).tolist() == pytest.approx([total], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """Policies fitted by (7) to N(0, 1) with the positive, the signed and no weights, on t = 1/T, 2/T, ..., 1."""
