@@ -414,6 +414,13 @@ if __name__ == "__main__":
         seeds = [np.random.SeedSequence([args.seed, i, k]).generate_state(1)[0] for i, k in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
+    if args.evaluate:
+        policy.load_state_dict(state["policy"])
+        critic.load_state_dict(state["critic"])
+        returns = evaluate(policy, critic, args)
+        print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+        raise SystemExit
+
     # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
     if state:
         for name, part in parts.items():
@@ -422,10 +429,6 @@ if __name__ == "__main__":
         generator.set_state(state["generator"].clone())
         global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
         start, buffer.added, episode = start - state["seconds"], state["added"], np.array(state["episode"]) - 1
-    if args.evaluate:
-        returns = evaluate(policy, critic, args)
-        print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
-        raise SystemExit
     obs = reset(np.ones(args.num_envs, dtype=bool))
     if state:
         buffer.rows[: len(state["rows"])] = state["rows"]
