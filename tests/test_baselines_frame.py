@@ -1,0 +1,177 @@
+"""The baselines keep the frame of simpo_neg.py to the letter, and stop, go on and are evaluated as it is."""
+
+import ast
+import copy
+import re
+import signal
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import ROOT
+from small_envs import PointMass
+
+SCRIPTS = sorted(f"baselines/{path.stem}" for path in (ROOT / "baselines").glob("*.py"))
+FRAME = "simpo_neg"
+OWN_METHODS = {"Critic": {"dacer"}, "DiffusionPolicy.loss": {"qsm", "dacer"}}  # who has another one or none
+OWN_DEFAULTS = {"eval_draws": {"qvpo", "dipo", "dacer"}, "solver": {"qsm"}}
+
+SMALL = "--no-compile --policy-dtype float32 --hidden-dim 32 --diffusion-steps 5 --batch-size 32 --log-every 100"
+SMALL = [*SMALL.split(), *"--eval-episodes 5 --eval-draws 1 --env-id small_envs:PointMass-v0".split()]
+FAST = "--total-timesteps 1000 --learning-starts 200 --steps-per-update 2 --eval-every 1000 --discount 0.9 --tau 0.02"
+FAST = [*SMALL, *FAST.split(), *"--policy-lr 2e-3 --policy-lr-end 2e-3 --critic-lr 2e-3".split()]
+
+
+# Two updates whose random numbers a test can draw again and do the rest by hand.
+HAND = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 45 --eval-every 0 --tau 0.3 --policy-lr 0.1"
+HAND = [*SMALL, *HAND.split(), *"--policy-lr-end 0.1 --critic-lr 0.02".split()]
+
+
+class ByHand:
+    """The networks, optimisers and generator of a run with the flags HAND, where its first update begins."""
+
+    def __init__(self, module, run_dir, solver="dpm", eps=1e-8):
+        self.result = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        torch.manual_seed(1)
+        self.policy, self.critic = module.DiffusionPolicy(3, 1, 32, solver, 5), module.Critic(3, 1, 32)
+        self.policy_target, self.critic_target = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
+        self.policy_adam = torch.optim.Adam(self.policy.parameters(), 0.1, eps=eps)
+        self.critic_adam = torch.optim.Adam(self.critic.parameters(), 0.02, eps=eps)
+        self.generator = torch.Generator().manual_seed(1)
+        torch.rand(35, 1, generator=self.generator)  # random actions
+
+    def batch(self, size):
+        """32 of the first `size` transitions: obs, next_obs, action, reward, terminated, and their rows."""
+        where = torch.randint(size, (32,), generator=self.generator)
+        obs, next_obs, action, reward, terminated = self.result["rows"][where].split([3, 3, 1, 1, 1], dim=1)
+        return obs, next_obs, action, reward[:, 0], terminated[:, 0], where
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def step(self, module, adam, loss, max_norm=torch.inf):
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.cat([x.grad.flatten() for x in module.parameters() if x.grad is not None]).norm()
+        assert norm > max_norm or max_norm == torch.inf
+        for x in module.parameters():
+            x.grad *= min(1, max_norm / norm)
+        adam.step()
+
+    def critic_step(self, obs, action, target, max_norm=torch.inf):
+        first, second = self.critic(obs, action[:, None])[..., 0]
+        loss = ((first - target) ** 2).mean() / 2 + ((second - target) ** 2).mean() / 2
+        self.step(self.critic, self.critic_adam, loss, max_norm)
+
+    def follow(self, target, online):
+        for x, y in zip(target.state_dict().values(), online.state_dict().values(), strict=True):
+            x.copy_(0.7 * x + 0.3 * y)
+
+    def compare(self, *parts):
+        for part in parts:
+            for name, x in getattr(self, part).state_dict().items():
+                torch.testing.assert_close(
+                    self.result[part][name], x, rtol=1e-3, atol=1e-4, msg=lambda m, n=f"{part} {name}": f"{n}: {m}"
+                )
+
+
+def read(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def definitions(script):
+    """Name -> text of the functions and classes; of DiffusionPolicy, of its methods."""
+    text, found = read(script), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == "DiffusionPolicy":
+            found |= {f"DiffusionPolicy.{x.name}": ast.unparse(x) for x in node.body if isinstance(x, ast.FunctionDef)}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            start = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+            found[node.name] = text.splitlines()[start - 1 : node.end_lineno]
+    return found
+
+
+def fields(script):
+    """Name -> the line of Args without the default, and the default."""
+    lines = re.findall(r"^    (\w+): (.*?) = (.*?)  # (.*)$", read(script), flags=re.M)
+    return {name: ((kind, meaning), default) for name, kind, default, meaning in lines}
+
+
+def main_blocks(script):
+    """The parts of the main that have nothing to do with the algorithm, and what comes before Args."""
+    between = [
+        ("# What a flag's value must be", "@dataclass"),
+        ("# Arguments. --resume", " critic_lr"),
+        ("# The machine.", "# Environments, networks"),
+        ("def reset(which)", "# Everything as the checkpoint"),
+        ("global_step, num_updates, evaluations = state", "if not np.array_equal(obs, state"),
+        ("# The run's directory and logs.", "def checkpoint"),
+        ("# Evaluate, when due", "# Act with"),
+        ("next_obs, reward, terminated, truncated, infos", "buffer.add("),
+        ("obs, done = next_obs", "# Critics:"),
+        ("progress.update", "scalars = {"),
+        ("writer.close()", None),
+    ]
+    text = read(script)
+    return [text[text.index(start) : text.index(end, text.index(start)) if end else None] for start, end in between]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_frame_is_simpo_negs_to_the_letter(script):
+    name = script.split("/")[1]
+    frame, ours = definitions(FRAME), definitions(script)
+    for block in frame.keys() - {"Args", "reweight", "entropy"}:
+        if name not in OWN_METHODS.get(block, ()):
+            assert ours[block] == frame[block], block
+    for here, there in zip(main_blocks(script), main_blocks(FRAME), strict=True):
+        assert here.splitlines() == there.splitlines()
+    own = read(FRAME).split("    # SiMPO\n")[1].split("    # diffusion")[0]
+    for field, (meaning, default) in fields(FRAME).items():
+        if f"    {field}: " not in own:
+            assert fields(script)[field][0] == meaning or name in OWN_DEFAULTS.get(field, ()), field
+            assert fields(script)[field][1] == default or name in OWN_DEFAULTS.get(field, ()), field
+    assert len(read(script).splitlines()) <= 560
+
+
+class Interrupted(PointMass):
+    """Asks the process to stop at the 400th step of all environments."""
+
+    left = 400
+
+    def step(self, action):
+        Interrupted.left -= 1
+        if Interrupted.left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return super().step(action)
+
+
+gym.register("Interrupted-v0", Interrupted)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_is_bit_for_bit_and_evaluate_agrees(run_in, capsys, script):
+    flags = [*SMALL, "--env-id", "Interrupted-v0", *"--learning-starts 350 --total-timesteps 450".split()]
+    Interrupted.left = 10**9
+    whole, code = run_in("whole", script, *flags)
+    assert code is None
+    Interrupted.left = 400
+    stopped, code = run_in("stopped", script, *flags)
+    assert code == 128 + signal.SIGTERM
+    first, code = run_in("stopped", script, "--resume", stopped, "--no-compile")
+    assert code is None and first == stopped
+    expected, state = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, stopped))
+    assert state["num_updates"] == 20 and expected.keys() == state.keys()
+    for name in expected.keys() - {"script", "args", "seconds", "evaluations"}:
+        torch.testing.assert_close(state[name], expected[name], rtol=0, atol=0)
+    capsys.readouterr()
+    _, code = run_in("stopped", script, "--evaluate", stopped)
+    assert code is None and f"return {state['evaluations'][-1]['mean']:.1f} +- " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_flags_get_one_line(run_script, script):
+    for flag, value in [("--discount", 1.5), ("--num-envs", 0), ("--env-id", "Nowhere-v0"), ("--diffusion-steps", 2)]:
+        with pytest.raises(SystemExit) as end:
+            run_script(script, flag, value)
+        assert flag in end.value.code and len(end.value.code.splitlines()) == 1
+    assert not list((ROOT / "runs").glob("*Nowhere*"))
