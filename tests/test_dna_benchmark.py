@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from test_dna_data import text, write_table
-from test_dna_runs import run_dna  # noqa: F401
+from test_dna_runs import run_dna, run_file  # noqa: F401
 
 import dna_finetune as dna
 from benchmark import dna_convert, dna_quality
@@ -184,13 +184,13 @@ def test_site_effects_and_correlations_of_the_truth_are_perfect():
     assert found.sum() == 1 + 1 and found[list(dna.FACTORS).index("HNF1A"), 0] == 1  # GTTAA..., and one other
 
 
-def test_quality_of_a_run(run_dna, run_script, capsys):  # noqa: F811
+def test_quality_of_a_run(run_dna, capsys):  # noqa: F811
     made, _ = run_dna("--methods", "exp")
-    run_script("benchmark/dna_quality", made)
+    run_file("benchmark/dna_quality.py", made)
     quality = json.loads((made / "quality.json").read_text())
     assert json.loads(capsys.readouterr().out) == quality
     assert {"model_nats_per_base", "markov5_nats_per_base", "gc_mean"} <= set(quality["pretrained"])
     assert {"held_out_correlation", "site_effect_correlation"} <= set(quality["eval_oracle"])
     for flags in (["nothing"], [], [made / "rows.csv"]):
         with pytest.raises(SystemExit, match="give the directory of a dna_finetune.py run"):
-            run_script("benchmark/dna_quality", *flags)
+            run_file("benchmark/dna_quality.py", *flags)

@@ -2,10 +2,13 @@
 
 import csv
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from test_dna_data import text, write_table
 
 import dna_finetune as dna
@@ -16,13 +19,21 @@ TINY = """--simulated-sequences 300 --simulated-length 16 --width 8 --pretrain-s
 METHODS = dna.get_args(dna.Method)
 
 
+def run_file(script, *flags):
+    """Runs a script of ours in this process, where it is."""
+    sys.argv = [script, *map(str, flags)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 @pytest.fixture
-def run_dna(run_script, tmp_path, capsys):
-    """Runs the script with TINY and these flags; returns the run's directory and what was printed."""
+def run_dna(tmp_path, monkeypatch, capsys):
+    """Runs dna_finetune.py with TINY and these flags in tmp_path; returns the run's directory and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
 
     def run(*flags):
         before = set(Path("runs").glob("*__dna_finetune__*"))
-        run_script("dna_finetune", *TINY, *flags)
+        run_file("dna_finetune.py", *TINY, *flags)
         (made,) = set(Path("runs").glob("*__dna_finetune__*")) - before
         return made, capsys.readouterr().out
 
