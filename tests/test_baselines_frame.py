@@ -172,6 +172,6 @@ def test_resume_is_bit_for_bit_and_evaluate_agrees(run_in, capsys, script):
 def test_bad_flags_get_one_line(run_script, script):
     for flag, value in [("--discount", 1.5), ("--num-envs", 0), ("--env-id", "Nowhere-v0"), ("--diffusion-steps", 2)]:
         with pytest.raises(SystemExit) as end:
-            run_script(script, flag, value)
+            run_script(script, "--solver", "dpm", "--total-timesteps", 1, "--eval-every", 0, flag, value)
         assert flag in end.value.code and len(end.value.code.splitlines()) == 1
     assert not list((ROOT / "runs").glob("*Nowhere*"))
