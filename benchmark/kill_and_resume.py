@@ -1,6 +1,6 @@
 """Kills a training with signal 9 at random moments, resumes it each time, and compares it with an undisturbed one.
 
-    python benchmark/kill_and_resume.py                     # 20 kills of a real run: HalfCheetah-v4, small networks
+    python benchmark/kill_and_resume.py                     # 20 kills of a HalfCheetah-v4 run: small networks, compiled
     python benchmark/kill_and_resume.py --kills 5 --seed 3
 
 Prints one line per kill and writes benchmark/kill_and_resume.csv; the exit code is 1 if anything differs.
@@ -23,16 +23,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent
 FLAGS = """--env-id HalfCheetah-v4
     --total-timesteps 12000 --learning-starts 1000 --checkpoint-every 400 --eval-every 3000
-    --eval-episodes 2 --eval-draws 3 --num-particles 8 --target-kl 0.9 --hidden-dim 64 --diffusion-steps 10
-    --batch-size 64 --no-compile --log-every 100"""
+    --eval-episodes 2 --eval-draws 3 --num-particles 8 --target-kl 0.9 --hidden-dim 64
+    --batch-size 64 --compile --log-every 100"""
 
 
 @dataclass
 class Args:
-    kills: int = 20
-    """how many times the run is killed"""
-    seed: int = 1
-    """seed of the moments"""
+    kills: int = 20  # how many times the run is killed
+    seed: int = 1  # seed of the moments
 
 
 def start(script, flags, folder):
@@ -40,53 +38,56 @@ def start(script, flags, folder):
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=open(folder / "stderr", "w"))
 
 
-def newest_checkpoint(run_dir):
-    return max((int(path.name[6:]) for path in run_dir.glob("checkpoint/state_*[0-9]")), default=0)
+def read_checkpoint(folder):
+    """The checkpoint of the only run in the folder, or None if it has none yet."""
+    paths = list(folder.glob("runs/*/checkpoint.pt"))
+    return torch.load(paths[0], weights_only=True) if paths else None
 
 
 def disturbed_run(script, flags, folder, kills, generator, longest=3.0):
-    """Trains in folder; after each new checkpoint waits up to `longest` seconds and kills. Yields the steps of the
-    newest checkpoint at each kill; when the generator is exhausted the run has ended by itself."""
-    process = start(script, flags, folder)
-    before = 0
+    """Trains in folder; after each new checkpoint waits up to `longest` seconds and kills. Yields the step of the
+    checkpoint at each kill; when the generator is exhausted the run has ended by itself."""
+    process, before = start(script, flags, folder), 0
     for _ in range(kills):
-        while process.poll() is None and not any(newest_checkpoint(run) > before for run in folder.glob("runs/*")):
-            time.sleep(0.002)
+        step = before
+        while process.poll() is None and step <= before:
+            time.sleep(0.02)
+            step = (read_checkpoint(folder) or {"global_step": 0})["global_step"]
         time.sleep(generator.uniform(0, longest))
         if process.poll() is not None:
             raise SystemExit(f"the run ended before the kill: {(folder / 'stderr').read_text()[-500:]}")
         process.send_signal(signal.SIGKILL)
         process.wait()
-        (run_dir,) = folder.glob("runs/*")
-        before = newest_checkpoint(run_dir)
+        before = read_checkpoint(folder)["global_step"]
         yield before
+        (run_dir,) = folder.glob("runs/*")
         process = start(script, ["--resume", run_dir.relative_to(folder)], folder)
     if process.wait():
         raise SystemExit(f"the run failed: {(folder / 'stderr').read_text()[-500:]}")
 
 
 def results(folder):
-    """Everything that must be equal: weights, evaluations without their seconds, scalars without speeds."""
+    """Everything that must be equal: the checkpoint, eval.csv without its seconds, scalars without speeds."""
     (run_dir,) = folder.glob("runs/*")
-    model = torch.load(run_dir / "model.pt", weights_only=True)
-    weights = {f"{part}.{name}": x for part in ("policy", "critic") for name, x in model[part].items()}
+    state = read_checkpoint(folder)
+    del state["args"], state["seconds"], state["evaluations"]  # args name the run; evaluations are eval.csv
     with open(run_dir / "eval.csv") as file:
         rows = [{name: x for name, x in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-    scalars = []
-    for path in sorted(run_dir.glob("events.*")):  # file by file, so that nothing is hidden from the comparison
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        events.Reload()
-        names = [name for name in events.Tags()["scalars"] if not name.startswith("speed")]
-        scalars += [(name, event.step, event.value) for name in names for event in events.Scalars(name)]
-    return weights, rows, sorted(scalars)
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()  # what TensorBoard shows
+    names = [name for name in events.Tags()["scalars"] if not name.startswith("speed")]
+    scalars = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+    return {"checkpoint.pt": state, "eval.csv": rows, "TensorBoard": scalars}
 
 
-def differences(one, other):
-    """What differs, in words; an empty list if nothing does."""
-    (weights, rows, scalars), (other_weights, other_rows, other_scalars) = one, other
-    found = [name for name, x in weights.items() if not torch.equal(x, other_weights[name])]
-    found += ["eval.csv"] * (rows != other_rows) + ["TensorBoard scalars"] * (scalars != other_scalars)
-    return found
+def differences(one, other, path=""):
+    """The places where two nested results differ; an empty list if nothing does."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    if isinstance(one, (dict, list)) and type(one) is type(other) and len(one) == len(other):
+        keys = one if isinstance(one, dict) else range(len(one))
+        if isinstance(one, list) or one.keys() == other.keys():
+            return [found for key in keys for found in differences(one[key], other[key], f"{path}/{key}")]
+    return [] if one == other else [path]
 
 
 if __name__ == "__main__":

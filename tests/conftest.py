@@ -1,6 +1,9 @@
+import itertools
 import os
 import runpy
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,34 +12,64 @@ import torch
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: with more, they wait on a busy machine
+torch.compiler.set_stance("force_eager")  # compiling takes longer than the tests; test_precision.py compares the two
+
+# Flags that make a run small enough for a test: tiny networks, few particles, no compilation.
+SMALL = "--no-compile --policy-dtype float32 --hidden-dim 32 --num-particles 8 --target-kl 0.9 --diffusion-steps 5"
+SMALL = [*SMALL.split(), "--batch-size", "32", "--eval-episodes", "5", "--eval-draws", "3", "--log-every", "100"]
 
 
 @pytest.fixture(autouse=True)
-def restore_process_state():
-    """Scripts run in this process, and bandit.py makes it flush denormal numbers: not for the tests after it."""
+def restore_process_state(monkeypatch):
+    """Scripts run in this process and change what is global: not for the tests after it."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "disable"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     torch.set_flush_denormal(False)
+    torch.compiler.set_stance("force_eager")
 
 
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
-    """Runs `python SCRIPT.py FLAGS` in this process and an empty directory; returns the run's directory, if any.
+    """Runs `python SCRIPT.py FLAGS` in this process, in an empty directory or the one of that name in tmp_path.
 
-    Raises the script's SystemExit when it refuses its flags.
+    Returns the directory of the run that it made, if any. Raises the script's SystemExit, and what stops it else.
     """
-    monkeypatch.chdir(tmp_path)
+    numbers = itertools.count(1)
 
-    def run(script, *flags):
+    def run(script, *flags, folder=None):
+        folder = tmp_path / (folder or f"{next(numbers)}")
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
         before = set(Path("runs").glob("*"))
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         made = set(Path("runs").glob("*")) - before
-        return tmp_path / made.pop() if made else None
+        return folder / made.pop() if made else None
 
-    yield run
-    torch.compiler.set_stance("default")
+    return run
 
 
-# Flags that make a run small enough for a test: tiny networks, few particles, no compilation.
-SMALL = "--no-compile --sampling-dtype float32 --hidden-dim 32 --num-particles 8 --target-kl 0.9 --diffusion-steps 5"
-SMALL = [*SMALL.split(), "--batch-size", "32", "--eval-episodes", "5", "--eval-draws", "3", "--log-every", "100"]
+@pytest.fixture
+def run_in(run_script, tmp_path):
+    """Like run_script in the directory `folder`, however the script ends.
+
+    Returns the directory of its only run and what the process would exit with: None, a number, or a line to print.
+    """
+
+    def run(folder, script, *flags):
+        try:
+            code = run_script(script, *flags, folder=folder) and None
+        except SystemExit as end:
+            code = end.code
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter does
+            code = 1
+        (run_dir,) = (tmp_path / folder / "runs").iterdir()
+        return run_dir, code
+
+    return run

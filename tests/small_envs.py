@@ -9,6 +9,13 @@ class PointMass(gym.Env):
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
     action_space = gym.spaces.Box(-0.4, 0.4, (1,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), int(np.clip(100 * abs(self.x), 0, 255)), np.uint8)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -44,6 +51,22 @@ class TwoStates(gym.Env):
         return np.ones(1, np.float32), reward, end and self.terminal, end and not self.terminal, {}
 
 
+class RandomLength(TwoStates):
+    """Pays 1 in each step, and ends after 1 to 9 of them."""
+
+    def __init__(self):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.np_random.integers(1, 10)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
 class DiscreteActions(PointMass):
     action_space = gym.spaces.Discrete(2)
 
@@ -60,6 +83,7 @@ for name, entry, kwargs in [
     ("PointMass-v0", PointMass, {}),
     ("TimeLimit-v0", TwoStates, {"terminal": False}),
     ("Terminal-v0", TwoStates, {"terminal": True}),
+    ("RandomLength-v0", RandomLength, {}),
     ("DiscreteActions-v0", DiscreteActions, {}),
     ("DiscreteObservations-v0", DiscreteObservations, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),

@@ -125,3 +125,23 @@ def test_extreme_powers_average_one(power):
             simpo_neg.reweight(q, temperature, power, 0.5),
         ):
             torch.testing.assert_close(weights.mean(-1), torch.ones(100, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("reweight, settings_of_g, g", variants())
+def test_a_grid_of_temperatures_at_once(reweight, settings_of_g, g):
+    """As the search for lambda's start needs it: temperatures (G, 1, 1) give weights (G, B, K)."""
+    q = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
+    grid = torch.logspace(-8, 8, 9)
+    weights, _ = reweight(q, grid[:, None, None], *settings_of_g)
+    assert weights.shape == (9, 6, 8)
+    for temperature, at_once in zip(grid, weights, strict=True):
+        torch.testing.assert_close(at_once, reweight(q, temperature, *settings_of_g)[0])
+
+
+def test_entropy_is_of_the_weights_clipped_to_be_positive():
+    weights = torch.tensor(
+        [[[2.5, 1.5, -0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], [[4.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]]]
+    )
+    p = np.array([2.5, 1.5, 1e-6, 0.5]) / 4.500001
+    expected = [(-(p * np.log(p)).sum() + np.log(4)) / 2, 0]
+    assert simpo_neg.entropy(weights).tolist() == pytest.approx(expected, abs=2e-5)

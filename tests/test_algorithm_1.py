@@ -1,0 +1,162 @@
+"""Algorithm 1: three updates by hand, Bellman targets, lambda's start and rule (30), and that each script learns."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_evaluation import read_eval
+
+import simpo_neg
+
+LOGGED = {
+    *("loss/critic", "loss/policy", "q/mean", "q/particle_spread", "weights/temperature", "weights/entropy"),
+    *("weights/share_negative", "weights/negative_mass", "weights/max", "policy/action_spread"),
+    *("speed/steps_per_second", "train/return", "eval/return"),
+}
+LEARN = "--env-id small_envs:PointMass-v0 --learning-starts 400 --steps-per-update 2"
+LEARN += " --policy-lr 2e-3 --policy-lr-end 2e-3 --critic-lr 2e-3 --tau 0.02 --discount 0.9"
+
+
+def read_checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def kl_from_uniform(weights):
+    """log K - H of (30), the mean over the states, of weights (..., B, K) clipped to be positive."""
+    p = np.maximum(weights, 1e-6) / np.maximum(weights, 1e-6).sum(-1, keepdims=True)
+    return (p * np.log(p.shape[-1] * p)).sum(-1).mean(-1)
+
+
+def lin_neg(q, temperature, epsilon):
+    """max((q - nu) / temperature, -epsilon) with mean 1 over the last axis, by bisection of nu."""
+    high = np.broadcast_to(q.max(-1, keepdims=True), np.broadcast_shapes(np.shape(temperature), (*q.shape[:-1], 1)))
+    low = high - temperature * q.shape[-1] * (1 + epsilon)
+    for _ in range(100):
+        nu = (low + high) / 2
+        too_low = np.maximum((q - nu) / temperature, -epsilon).mean(-1, keepdims=True) > 1
+        low, high = np.where(too_low, nu, low), np.where(too_low, high, nu)
+    return np.maximum((q - nu) / temperature, -epsilon)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0])
+def test_three_updates_by_hand(run_script, temperature):
+    """Every network after three updates is what Algorithm 1 makes of the same transitions and random numbers."""
+    flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 50 --old-policy-interval 2 --eval-every 0"
+    flags += " --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02"
+    flags += f" --temperature {temperature} --temperature-lr 0.2"
+    result = read_checkpoint(run_script("simpo_neg", *SMALL, *flags.split()))
+    rows = result["rows"]
+    torch.manual_seed(1)
+    policy, critic = simpo_neg.DiffusionPolicy(3, 1, 32, "dpm", 5), simpo_neg.Critic(3, 1, 32)
+    old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)
+    log_temperature = torch.tensor(np.log(temperature or 1), requires_grad=True)
+    policy_adam, critic_adam = torch.optim.Adam(policy.parameters()), torch.optim.Adam(critic.parameters(), 0.02)
+    temperature_adam = torch.optim.Adam([log_temperature], 0.2)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5, 40, 5):  # random actions
+        action = 2 * torch.rand(5, 1, generator=generator) - 1
+        torch.testing.assert_close(action, rows[step - 5 : step, 6:7])
+    for step in (40, 45, 50):
+        action = policy.sample(rows[step - 5 : step, :3], 1, generator)[:, 0]  # acting: pi, not pi_old
+        torch.testing.assert_close(action, rows[step - 5 : step, 6:7], rtol=1e-3, atol=1e-4)
+        batch = rows[torch.randint(step, (32,), generator=generator)]
+        obs, next_obs, action, reward, terminated = batch.split([3, 3, 1, 1, 1], dim=1)
+
+        with torch.no_grad():
+            next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, 32)
+        target = reward[:, 0] + 0.99 * (1 - terminated[:, 0]) * torch.minimum(next_q[0], next_q[1])
+        first, second = critic(obs, action[:, None])[..., 0]
+        critic_adam.zero_grad()
+        (((first - target) ** 2).mean() / 2 + ((second - target) ** 2).mean() / 2).backward()
+        critic_adam.step()
+
+        particles = old_policy.sample(obs, 8, generator)
+        particles = (particles + 0.5 * torch.randn(32, 8, 1, generator=generator)).clip(-1, 1)
+        with torch.no_grad():
+            q = critic(obs, particles).double().sum(0).numpy() / 2
+
+        if step == 40 and not temperature:  # lambda starts next to the target KL
+            grid = 10 ** np.linspace(-8, 8, 161)
+            distances = abs(kl_from_uniform(lin_neg(q, grid[:, None, None], 0.5)) - 0.9)
+            log_temperature.data.fill_(np.log(grid[distances.argmin()]))
+            assert distances.min() < 0.1
+        weights = lin_neg(q, log_temperature.exp().item(), 0.5)
+        assert (weights < 0).any()
+
+        t, noise = torch.randint(5, (32, 8), generator=generator), torch.randn(32, 8, 1, generator=generator)
+        angle = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2
+        states, times = policy.embed(obs)
+        predicted = policy.velocity(angle.cos() * particles + angle.sin() * noise, states + times[t])
+        error = (predicted - (angle.cos() * noise - angle.sin() * particles)) ** 2
+        assert (error > 0.5).any()
+        policy_adam.param_groups[0]["lr"] = 0.1 - 0.09 * step / 50
+        policy_adam.zero_grad()
+        (torch.tensor(weights, dtype=torch.float32)[..., None] * error.clip(max=0.5)).mean().backward()
+        policy_adam.step()
+
+        temperature_adam.zero_grad()
+        (log_temperature * (0.9 - kl_from_uniform(weights))).backward()
+        temperature_adam.step()
+        for name, x in critic_target.state_dict().items():
+            x.copy_(0.7 * x + 0.3 * critic.state_dict()[name])
+        if step == 45:  # after every second update
+            old_policy = copy.deepcopy(policy)
+
+    assert result["log_temperature"] == pytest.approx(log_temperature.item(), abs=1e-4)
+    by_hand = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
+    for part, module in by_hand.items():
+        for name, x in module.state_dict().items():
+            torch.testing.assert_close(result[part][name], x, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("env_id, q1", [("TimeLimit-v0", 1 / (1 - 0.5)), ("Terminal-v0", 1.0)])
+def test_bellman_target_at_time_limits_and_terminations(run_script, env_id, q1):
+    """See TwoStates: bootstrapping from the reset observation instead of the last one would give Q(1) = 4/3."""
+    flags = "--discount 0.5 --critic-lr 3e-3 --tau 0.1 --eval-every 0 --learning-starts 200 --total-timesteps 2700"
+    run_dir = run_script("simpo_neg", "--env-id", f"small_envs:{env_id}", *SMALL, *flags.split())
+    critic = simpo_neg.Critic(1, 1, hidden_dim=32)
+    critic.load_state_dict(read_checkpoint(run_dir)["critic"])
+    actions = torch.linspace(-0.9, 0.9, 10)[None, :, None].expand(2, 10, 1)
+    q = critic(torch.tensor([[0.0], [1.0]]), actions).mean((0, 2))
+    assert q.tolist() == pytest.approx([0.5 * q1, q1], abs=0.1)
+
+
+@pytest.mark.parametrize("script", ["simpo_exp", "simpo_power", "simpo_neg"])
+def test_learns_a_point_mass(run_script, script):
+    """Within 1,000 updates from a return of -3.3 (standing still) or worse to above -1."""
+    flags = [*LEARN.split(), *SMALL, "--total-timesteps", 2400, "--eval-every", 1200, "--old-policy-interval", 50]
+    run_dir = run_script(script, *flags)
+    assert read_eval(run_dir)[-1]["mean"] > -1.0
+    assert set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]) == LOGGED
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 10.0])
+def test_temperature_meets_the_target_kl(run_script, temperature):
+    """(30): from far too greedy and from far too flat weights, lambda goes to where log K - H is the target."""
+    flags = f"--temperature {temperature} --temperature-lr 0.1 --learning-starts 100 --total-timesteps 2100"
+    run_dir = run_script("simpo_neg", *LEARN.split()[:2], *SMALL, *flags.split(), "--eval-every", 0)
+    events = EventAccumulator(str(run_dir)).Reload()
+    kl = [math.log(8) - event.value for event in events.Scalars("weights/entropy")]
+    assert abs(kl[0] - 0.9) > 0.5 and np.mean(kl[-10:]) == pytest.approx(0.9, abs=0.15)
+
+
+@pytest.mark.parametrize("script, flags", [("simpo_exp", []), ("simpo_power", ["--power", "2"]), ("simpo_neg", [])])
+def test_lambda_starts_at_the_target_kl(run_script, script, flags):
+    """Whatever the rewards' scale; the paper's delta 1.5 with its K 32, in the first update."""
+    flags = [*flags, *SMALL, "--num-particles", 32, "--target-kl", 1.5, "--eval-every", 0, "--log-every", 5]
+    for env_id in ("Pendulum-v1", "small_envs:PointMass-v0"):
+        run_dir = run_script(script, "--env-id", env_id, *flags, "--learning-starts", 100, "--total-timesteps", 105)
+        events = EventAccumulator(str(run_dir)).Reload()
+        assert math.log(32) - events.Scalars("weights/entropy")[0].value == pytest.approx(1.5, abs=0.1)
+
+
+def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):
+    """No weights reach log 8 = 2.0794415, so lambda falls and falls; it ends at e^-20, as at 0 there are no weights."""
+    flags = "--target-kl 2.07944 --temperature 1 --temperature-lr 1 --learning-starts 100 --total-timesteps 900"
+    run_dir = run_script("simpo_neg", *LEARN.split()[:2], *SMALL, *flags.split(), "--eval-every", 0)
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert events.Scalars("weights/temperature")[-1].value == pytest.approx(math.exp(-20))

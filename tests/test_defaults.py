@@ -1,0 +1,30 @@
+"""Without a flag, each script runs with the paper's settings, and the README's choices where the paper has none."""
+
+import importlib
+
+import pytest
+
+PAPER = dict(  # the table of appendix F, section 4, and K and delta of section 6
+    **dict(critic_lr=3e-4, policy_lr=3e-4, policy_lr_end=3e-5, hidden_dim=256, buffer_size=10**6, num_envs=5),
+    **dict(total_timesteps=10**6, steps_per_update=5, eval_episodes=20, num_particles=32, target_kl=1.5),
+)
+AUTHORS = dict(  # what the paper leaves open, as in the authors' code at bae22f4
+    **dict(batch_size=256, discount=0.99, tau=0.005, old_policy_interval=1000, particle_noise=0.2, error_clip=5.0),
+    **dict(eval_draws=10),
+)
+OURS = dict(
+    **dict(solver="dpm", diffusion_steps=8, temperature=0.0, temperature_lr=3e-3, learning_starts=5000),
+    **dict(reward_landscape="native", landscape_c=3.0),
+)
+VARIANT = {"simpo_exp": {}, "simpo_power": dict(power=1.0), "simpo_neg": dict(power=1.0, epsilon=0.5)}
+
+
+@pytest.mark.parametrize("script", VARIANT)
+def test_defaults(script):
+    expected = PAPER | AUTHORS | OURS | VARIANT[script]
+    args = vars(importlib.import_module(script).Args())
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_the_authors_sampler_takes_the_papers_20_steps():
+    assert importlib.import_module("simpo_neg").Args(solver="ddpm").diffusion_steps == 20

@@ -1,0 +1,102 @@
+"""Evaluation: the critics' favourite of some draws, all episodes whole, its files, --evaluate, and nothing else."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+
+import simpo_neg
+
+FLAGS = ["--env-id", "small_envs:PointMass-v0", *SMALL, "--learning-starts", "100", "--total-timesteps", "400"]
+
+
+def read_eval(run_dir):
+    with open(run_dir / "eval.csv") as file:
+        return [{k: x if k == "returns" else float(x) for k, x in row.items()} for row in csv.DictReader(file)]
+
+
+def test_takes_the_draw_that_both_critics_like():
+    """Draws are -1, 0 and 1; one twin knows that x + 0.4 a should be near 0, the other overestimates, most of all 1."""
+
+    class Policy:
+        def sample(self, obs, num_actions, generator):
+            return torch.tensor([-1.0, 0.0, 1.0])[None, :, None].expand(len(obs), 3, 1)
+
+    def critic(obs, action):
+        knows = -((obs[:, None] + 0.4 * action) ** 2)[..., 0]
+        return torch.stack([knows, 100.0 * (action[..., 0] == 1)])
+
+    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50)
+    returns = simpo_neg.evaluate(Policy(), critic, args)
+    # From |x| <= 1 the best of the three brings x to within 0.2 in at most two steps and keeps it there.
+    assert returns.shape == (50,) and returns.min() > -(0.6**2) - 9 * 0.2**2 - 1e-6
+    assert len(np.unique(returns)) == 50
+
+
+def test_only_the_first_episode_of_each_environment_counts():
+    """TwoStates pays 1 in its second and last step, however long the others run."""
+
+    class Policy:
+        def sample(self, obs, num_actions, generator):
+            return torch.zeros(len(obs), 1, 1)
+
+    args = simpo_neg.Args(env_id="small_envs:Terminal-v0", eval_episodes=3)
+    assert simpo_neg.evaluate(Policy(), lambda obs, action: torch.zeros(2, 3, 1), args).tolist() == [1, 1, 1]
+    args = simpo_neg.Args(env_id="small_envs:RandomLength-v0", eval_episodes=40)
+    returns = simpo_neg.evaluate(Policy(), lambda obs, action: torch.zeros(2, 40, 1), args)
+    assert set(returns) == set(range(1, 10))  # its return is its length
+
+
+def test_evaluation_leaves_training_unchanged_and_seeds_decide(run_script):
+    runs = [run_script("simpo_neg", *FLAGS, "--seed", seed, "--eval-every", n) for seed, n in [(1, 0), (1, 50), (2, 0)]]
+    first, evaluated, other_seed = (torch.load(run / "checkpoint.pt", weights_only=True) for run in runs)
+    for name in ("policy", "critic"):
+        for key, value in first[name].items():
+            assert torch.equal(value, evaluated[name][key]), key
+        assert any(not torch.equal(value, other_seed[name][key]) for key, value in first[name].items())
+    assert torch.equal(first["rows"], evaluated["rows"]) and torch.equal(first["generator"], evaluated["generator"])
+    assert [row["step"] for row in read_eval(runs[1])] == list(range(50, 401, 50))
+    assert not (runs[0] / "eval.csv").exists()
+
+
+def test_files_and_evaluate_again(run_script, capsys):
+    run_dir = run_script("simpo_neg", *FLAGS, "--eval-every", 150, "--old-policy-interval", 7)
+    rows = read_eval(run_dir)
+    assert [row["step"] for row in rows] == [150, 300, 400]  # and one at the end
+    assert list(rows[0]) == ["step", "mean", "std", "seconds", "returns"]
+    returns = np.array(rows[-1]["returns"].split(), float)
+    assert len(returns) == 5 and rows[0]["seconds"] < rows[-1]["seconds"]
+    assert [rows[-1]["mean"], rows[-1]["std"]] == pytest.approx([returns.mean(), returns.std()], abs=0.01)
+    picture = np.asarray(Image.open(run_dir / "learning_curve.png"))
+    assert picture.std() > 10  # not blank
+    assert json.loads((run_dir / "args.json").read_text())["old_policy_interval"] == 7
+    files = {path: path.read_bytes() for path in run_dir.iterdir()}
+    capsys.readouterr()
+    for flags, mean in [([], rows[-1]["mean"]), (["--eval-draws", "1", "--seed", "5"], None)]:
+        with pytest.raises(SystemExit) as end:
+            run_script("simpo_neg", "--evaluate", run_dir, *flags)
+        out = capsys.readouterr().out
+        assert not end.value.code and len(out.splitlines()) == 1 and "5 episodes" in out
+        assert (f"return {rows[-1]['mean']:.1f} +- {rows[-1]['std']:.1f}" in out) == (mean is not None)
+    assert files == {path: path.read_bytes() for path in run_dir.iterdir()}
+
+
+def test_a_video_of_the_first_episode(run_script):
+    run_dir = run_script("simpo_neg", *FLAGS, "--total-timesteps", 10)
+    with pytest.raises(SystemExit) as end:
+        run_script("simpo_neg", "--evaluate", run_dir, "--capture-video")
+    assert not end.value.code
+    (video,) = (run_dir / "videos").glob("*.mp4")
+    assert video.stat().st_size > 500
+
+
+def test_a_checkpoint_of_one_solver_draws_with_the_other(run_script, capsys):
+    """The network is the same; --resume refuses it, because training goes on at other times."""
+    run_dir = run_script("simpo_neg", *FLAGS, "--total-timesteps", 10)
+    with pytest.raises(SystemExit) as end:
+        run_script("simpo_neg", "--evaluate", run_dir, "--solver", "ddpm", "--diffusion-steps", 20)
+    assert not end.value.code and "5 episodes" in capsys.readouterr().out
