@@ -1,0 +1,91 @@
+"""Trains the authors' GeMPO (JAX) in this project's frame: same environments, widths, K, delta, updates, evaluation.
+
+git clone https://github.com/typoverflow/flow-rl && git -C flow-rl checkout bae22f4
+pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 distrax hydra-core "gymnasium[mujoco]==1.1.1" mujoco==3.3.0
+python benchmark/jax_curve.py flow-rl --env-id HalfCheetah-v4 --seed 1    # the frame of benchmark/README.md
+python benchmark/jax_curve.py flow-rl --hidden-dim 256 --batch-size 256 --num-particles 32 --target-kl 1.5 --updates 1
+
+Install it in an environment of its own. For one thread, as in our runs, set
+XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1". Theirs is left as it is but for sizes, K,
+delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs. Here are
+5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
+10 episodes, the best of 10 draws. Writes step,mean,std,seconds.
+"""
+
+import argparse
+import csv
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+
+parser = argparse.ArgumentParser()
+parser.add_argument("flow_rl")
+defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=30_000, num_particles=8, target_kl=0.7, hidden_dim=64)
+defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, output="curve.csv")
+for name, default in defaults.items():
+    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+args = parser.parse_args()
+sys.path.insert(0, args.flow_rl)
+from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402
+from flowrl.types import Batch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+gym.logger.min_level = gym.logger.ERROR
+widths = [args.hidden_dim] * 3
+algo = dict(num_particles=args.num_particles, target_kl=args.target_kl, reweight=args.reweight)
+algo |= dict(negative_bound=args.floor, critic_hidden_dims=widths)
+algo |= dict(diffusion=dict(lr=args.policy_lr, hidden_dims=widths))
+config = OmegaConf.load(f"{args.flow_rl}/examples/online/config/mujoco/algo/gempo_linear.yaml")
+config = OmegaConf.merge(config, {"task": "", "algo": algo})
+
+
+def make():
+    return gym.wrappers.RescaleAction(gym.make(args.env_id), -1.0, 1.0)
+
+
+envs = gym.vector.SyncVectorEnv([make] * 5, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+eval_envs = gym.vector.SyncVectorEnv([make] * 10)
+obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+agent, rng = GeMPOAgent(obs_dim, action_dim, config.algo, seed=args.seed), np.random.default_rng(args.seed)
+sizes = dict(obs=obs_dim, action=action_dim, reward=1, terminal=1, next_obs=obs_dim)
+buffer = {name: np.zeros((args.total_timesteps + 5, size), np.float32) for name, size in sizes.items()}
+
+
+def evaluate():
+    obs, _ = eval_envs.reset(seed=args.seed + 10_000)
+    returns, running = np.zeros(10), np.ones(10, bool)
+    while running.any():
+        action, _ = agent.sample_actions(obs, deterministic=True, num_samples=10)
+        obs, reward, terminated, truncated, _ = eval_envs.step(np.asarray(action))
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    return returns
+
+
+obs, _ = envs.reset(seed=args.seed)
+envs.action_space.seed(args.seed)
+start, table = time.time(), csv.writer(open(args.output, "w", buffering=1))
+table.writerow(["step", "mean", "std", "seconds"])
+for step in range(0, args.total_timesteps, 5):
+    if step < 5000:
+        action = envs.action_space.sample()
+    else:
+        action = np.asarray(agent.sample_actions(obs, deterministic=False, num_samples=1)[0])
+    next_obs, reward, terminated, truncated, infos = envs.step(action)
+    last_obs = next_obs.copy()
+    for i in np.flatnonzero(terminated | truncated):
+        last_obs[i] = infos["final_obs"][i]
+    columns = dict(obs=obs, action=action, reward=reward[:, None], terminal=terminated[:, None], next_obs=last_obs)
+    for name, column in columns.items():
+        buffer[name][step : step + 5] = column
+    obs = next_obs
+    for _ in range(args.updates if step >= 5000 else 0):
+        rows = rng.integers(step + 5, size=args.batch_size)
+        batch = {name: column[rows] for name, column in buffer.items()}
+        agent.train_step(Batch(**batch, next_action=None), step)
+    if (step + 5) % 5000 == 0:
+        returns = evaluate()
+        table.writerow([step + 5, returns.mean(), returns.std(), time.time() - start])
+        print(step + 5, returns.mean(), returns.std(), flush=True)
