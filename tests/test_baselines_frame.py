@@ -124,7 +124,7 @@ def test_the_frame_is_simpo_negs_to_the_letter(script):
         if name not in OWN_METHODS.get(block, ()):
             assert ours[block] == frame[block], block
     for here, there in zip(main_blocks(script), main_blocks(FRAME), strict=True):
-        assert here.splitlines() == there.splitlines()
+        assert [line for line in here.splitlines() if "improved" not in line] == there.splitlines()  # that is DIPO's
     own = read(FRAME).split("    # SiMPO\n")[1].split("    # diffusion")[0]
     for field, (meaning, default) in fields(FRAME).items():
         if f"    {field}: " not in own:
