@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from small_envs import PointMass
 
-SCRIPTS = sorted(f"baselines/{path.stem}" for path in (ROOT / "baselines").glob("*.py"))
+SCRIPTS = [f"baselines/{name}" for name in ("qvpo", "qsm", "sdac", "dipo", "dacer")]
 FRAME = "simpo_neg"
-OWN_METHODS = {"Critic": {"dacer"}, "DiffusionPolicy.loss": {"qsm", "dacer"}}  # who has another one or none
+OWN_METHODS = {"Critic": {"dacer"}, "DiffusionPolicy.loss": {"qsm", "dacer"}}  # those with another or none
 OWN_DEFAULTS = {"eval_draws": {"qvpo", "dipo", "dacer"}, "solver": {"qsm"}}
 
 SMALL = "--no-compile --policy-dtype float32 --hidden-dim 32 --diffusion-steps 5 --batch-size 32 --log-every 100"

@@ -1,0 +1,561 @@
+"""DACER: the gradient of Q goes back through all denoising steps; Gaussian noise of a tuned size alpha explores.
+
+Paper: Wang et al., "Diffusion Actor-Critic with Entropy Regulator", NeurIPS 2024, arXiv 2405.15177. Critic i gives
+the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a running mean of d_i over batches:
+
+    acting    a = clip(draw of the policy + 0.15 alpha N(0, I), -1, 1); in evaluation without the noise
+    targets   with a' so drawn at s', j the twin with the smaller target mean there, z = clip(N(0, 1), -3, 3):
+              y = r + gamma (1 - terminated) m_j(s', a'), y_z the same with m_j(s', a') + z d_j(s', a')
+    critics   -(b_i^2 + 0.1) mean[m_i (y - m_i) / (d_i^2 + 0.1) + d_i ((x_i - m_i)^2 - d_i^2) / (d_i^3 + 0.1)], only the
+              first m_i and d_i of each product with gradient; x_i = m_i + clip(y_z - m_i, -3 b_i, 3 b_i)
+    policy    every 2nd update: mean of -min_i m_i(s, a), the gradient going through all steps to a
+    alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
+
+Departures from the authors' code (happy-yan/DACER): one Gaussian in place of a mixture of 3, for which 200 actions are
+too few beyond some 8 dimensions; alpha is stepped every 1,000 updates instead of 10,000, to move within 200,000; noise
+0.15 for all tasks (theirs: 0.1 but for HalfCheetah, Humanoid); 5 environments for 20, 5,000 random steps for 30,000,
+this frame's solver and learning rates.
+
+    python baselines/dacer.py --env-id HalfCheetah-v4
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# What a flag's value must be is part of its type, and what it means is the comment beside it: --help shows that.
+Count = Annotated[int, "at least 1", lambda n: n >= 1]
+Every = Annotated[int, "at least 0", lambda n: n >= 0]
+Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
+NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
+Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
+GPU = torch.cuda.is_available()
+BF16 = torch.cuda.is_bf16_supported(False) if GPU else torch.cpu.get_capabilities().get("avx512_bf16", False)
+LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"  # Gymnasium id with Box spaces, or a DM Control task: dm_control/cheetah-run-v0
+    reward_landscape: Literal["native", "sqrt", "linear", "square", "exp"] = "native"  # to train on (appendix F.2)
+    landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
+    total_timesteps: Count = 1_000_000  # environment steps, all environments together
+    num_envs: Count = 5  # parallel environments
+    seed: Every = 1  # seed of the networks, the environments and all draws
+
+    # DACER
+    alpha: Positive = 3.0  # size of the exploration noise at the start, then tuned
+    alpha_lr: Positive = 0.03  # learning rate of log alpha
+    alpha_interval: Count = 1000  # updates between two steps of alpha
+    target_entropy: float = -0.9  # per dimension of the action, in nats
+    entropy_draws: Count = 200  # actions per state of the batch to estimate the entropy from
+    noise_scale: NonNegative = 0.15  # std of the exploration noise over alpha, in half the action range
+    reward_scale: Positive = 0.2  # factor of the rewards that the critics learn
+    policy_delay: Count = 2  # updates of the critics per update of the policy and the targets
+
+    # diffusion and optimisation (table in appendix F)
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
+    diffusion_steps: Every = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
+    hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
+    batch_size: Count = 256  # states per update
+    steps_per_update: Count = 5  # environment steps per update
+    learning_starts: Every = 5_000  # environment steps with uniformly random actions before the first update
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    policy_lr: Positive = 3e-4  # learning rate of the policy at the start
+    policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
+    critic_lr: Positive = 3e-4  # learning rate of the critics
+    discount: Share = 0.99  # gamma, the discount per step
+    tau: Share = 0.005  # step of the target critics towards the critics, per update
+
+    # evaluation, output, machine
+    eval_every: Every = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
+    eval_episodes: Count = 20  # episodes per evaluation, in parallel environments
+    eval_draws: Count = 1  # actions drawn per step in evaluation; the critics' favourite is taken
+    log_every: Count = 1_000  # environment steps between logged losses, weights and speeds
+    checkpoint_every: Every = 50_000  # environment steps between checkpoints, and one at the end; 0: only that
+    resume: str = ""  # runs/<run_name>: go on from its checkpoint; its arguments hold but where given anew
+    evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint and train nothing; arguments likewise
+    capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
+    track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
+    wandb_project: str = "simpo"  # Weights & Biases project
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
+    compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
+
+    def __post_init__(self):
+        """Raises SystemExit with one line for the first argument that makes no sense."""
+        self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
+        rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
+        rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
+        if self.solver == "dpm":
+            rules["diffusion_steps"] = "at least 3 for --solver dpm", lambda steps: steps >= 3
+        if self.reward_landscape != "native":
+            rules["env_id"] = f"{' or '.join(LANDSCAPE_SPEED)} for --reward-landscape", LANDSCAPE_SPEED.__contains__
+        for name, (rule, holds) in rules.items():
+            if not holds(getattr(self, name)):
+                raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}")
+
+
+def mish(x):
+    """x tanh(log(1 + e^x)), with one exponential."""
+    n = x.float().clamp(max=20).exp()
+    n = n * (n + 2)
+    return (x * (n / (n + 2))).to(x.dtype)
+
+
+class Critic(nn.Module):
+    """Twin distributions of the return: two networks of 3 hidden Mish layers, with a mean and a deviation each."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim):
+        super().__init__()
+        sizes = [obs_dim + action_dim, hidden_dim, hidden_dim, hidden_dim, 2]
+        self.twins = nn.ModuleList(nn.ModuleList(map(nn.Linear, sizes, sizes[1:])) for _ in range(2))
+        self.register_buffer("b", torch.zeros(2))  # running mean of the deviations
+
+    def forward(self, obs, action):
+        """obs (B, S), action (B, K, A) -> both means (2, B, K)."""
+        return self.distribution(obs, action)[0]
+
+    @torch.compile(dynamic=False)
+    def distribution(self, obs, action):
+        """obs (B, S), action (B, K, A) -> means and deviations (2, B, K)."""
+        outputs = []
+        for first, second, third, last in self.twins:
+            obs_weight, action_weight = first.weight.split([obs.shape[-1], action.shape[-1]], dim=1)
+            h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
+            outputs.append(last(mish(third(mish(second(h))))))
+        mean, deviation = torch.stack(outputs).unbind(-1)
+        return mean, F.softplus(deviation)
+
+
+def distributional_loss(mean, deviation, target, target_draw, b):
+    """The critics' loss: mean m and deviation d (2, B), target y and its noisy form y_z (B,), b (2,) -> scalar."""
+    b, m, d = b[:, None], mean.detach(), deviation.detach()
+    bounded = m + torch.clamp(target_draw - m, -3 * b, 3 * b)
+    gain = mean * (target - m) / (d**2 + 0.1) + deviation * ((bounded - m) ** 2 - d**2) / (d**3 + 0.1)
+    return -((b**2 + 0.1) * gain).mean(1).sum()
+
+
+class DiffusionPolicy(nn.Module):
+    """pi(a|s) as a diffusion model with velocity prediction: a_t = alpha_t a_0 + sigma_t eps, the cosine schedule."""
+
+    def __init__(self, obs_dim, action_dim, hidden_dim, solver, steps, dtype=torch.float32):
+        super().__init__()
+        self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
+        t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)  # 0 to 1
+        alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
+        # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
+        (alpha_u, alpha), (sigma_u, sigma), t = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:]), t[1:]
+        if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
+            variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
+            from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
+            std, extrapolate = variance.sqrt() * (sigma_u > 0), torch.zeros(steps)
+        else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
+            from_t, std = sigma_u / sigma, torch.zeros(steps)
+            from_0 = alpha_u - alpha * from_t
+            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite in the last and the first step
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # by twice the h of the step before, at the next index
+        self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
+        frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
+        time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
+        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], dim=1).float(), persistent=False)  # (T, 2)
+        self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
+        sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
+        self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
+
+    def embed(self, obs):
+        """What s and t add to the first layer, whatever the action: obs (B, S) -> (B, 1, H), time (T, H)."""
+        inputs = [self.action_dim, obs.shape[1], self.time_features.shape[1]]
+        _, obs_weight, time_weight = self.layers[0].weight.split(inputs, dim=1)
+        return F.linear(obs, obs_weight, self.layers[0].bias)[:, None], F.linear(self.time_features, time_weight)
+
+    def velocity(self, noisy_action, embedding):
+        """v_theta(a_t, s, t) times 2/pi: noisy_action (B, K, A), embedding of s and t (B, 1 or K, H) -> (B, K, A)."""
+        first, second, third, last = self.layers
+        with torch.autocast(noisy_action.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            h = mish(F.linear(noisy_action, first.weight[:, : self.action_dim]) + embedding)
+            return last(mish(third(mish(second(h))))).float()
+
+    @torch.compile(dynamic=True)
+    def denoise(self, obs, noise):
+        """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
+        obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
+        action, action_0_before = noise[0], 0.0
+        for i in reversed(range(len(time_embedding))):
+            alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
+            velocity = self.velocity(action, obs_embedding + time_embedding[i])
+            action_0 = (alpha * action - sigma * velocity).clamp(-1, 1)
+            action = from_t * action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
+            action_0_before = action_0
+            if std > 0:
+                action = action + std * noise[i]
+        return action
+
+    @torch.no_grad()
+    def sample(self, obs, num_actions, generator):
+        """obs (B, S) -> num_actions draws per state, (B, K, A) in [-1, 1]; all randomness comes from the generator."""
+        steps = 1 if self.solver == "dpm" else len(self.step_coefficients)
+        noise = torch.randn(steps, len(obs), num_actions, self.action_dim, generator=generator, device=obs.device)
+        # On a CPU go through the states in blocks whose activations stay in the L2 cache.
+        block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
+        return torch.cat(list(map(self.denoise, obs.split(block), noise.split(block, dim=1))))
+
+
+def act(policy, obs, num_actions, std, generator):
+    """Draws with Gaussian noise, clipped, differentiable through all steps: obs (B, S) -> (B, num_actions, A)."""
+    steps = 1 if policy.solver == "dpm" else len(policy.step_coefficients)
+    noise = torch.randn(steps + 1, len(obs), num_actions, policy.action_dim, generator=generator, device=obs.device)
+    return (policy.denoise(obs, noise[:-1]) + std * noise[-1]).clamp(-1, 1)
+
+
+def gaussian_entropy(actions):
+    """Entropy in nats of a Gaussian fitted to each state's actions (B, N, A): the mean over the states."""
+    A = actions.shape[-1]
+    centred = actions.double() - actions.double().mean(1, keepdim=True)
+    covariance = centred.mT @ centred / actions.shape[1] + 1e-6 * torch.eye(A, device=actions.device)  # (B, A, A)
+    return (A / 2 * math.log(2 * math.pi * math.e) + covariance.logdet() / 2).mean()
+
+
+def shaped_reward(physics, args):
+    """Appendix F.2: the reward landscapes from flat to steep, functions of z = clip(speed / target, 0, 1) in [0, 1]."""
+    speed = physics.speed() if hasattr(physics, "speed") else physics.horizontal_velocity()
+    z, c = min(max(float(speed) / LANDSCAPE_SPEED[args.env_id], 0.0), 1.0), args.landscape_c
+    exp = math.exp(c * (z - 1)) * math.expm1(-c * z) / math.expm1(-c)  # without e^c, which may overflow
+    return {"sqrt": z**0.5, "linear": z, "square": z**2, "exp": exp}[args.reward_landscape]
+
+
+def make_env(args, training=False, video_folder=None):
+    """Flat observations, actions in [-1, 1], in training the landscape's reward; SystemExit if the id does not fit."""
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
+    env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+    except (gym.error.Error, ImportError) as error:
+        raise SystemExit(f"--env-id {args.env_id}: {error}") from None
+    obs_space, action_space = env.observation_space, env.action_space
+    continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
+    if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
+        rule = "observations and actions must be continuous (Box), actions within bounds"
+        raise SystemExit(f"--env-id {args.env_id}: {rule}; it has {obs_space} and {action_space}")
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    if training and args.reward_landscape != "native":
+        physics = env.unwrapped._env.physics
+        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
+    return gym.wrappers.RecordEpisodeStatistics(env) if training else env
+
+
+class ReplayBuffer:
+    """A ring of the last `capacity` transitions, on the device."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.added, self.sizes = 0, [obs_dim, obs_dim, action_dim, 1, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+
+    def add(self, *columns):
+        """obs, next_obs, action, reward, terminated, one row per environment; the oldest rows make room."""
+        where = torch.arange(self.added, self.added + len(columns[0]), device=self.rows.device) % len(self.rows)
+        columns = [torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns]
+        self.rows[where] = torch.cat([x.view(len(where), -1) for x in columns], dim=1)
+        self.added += len(where)
+
+    def sample(self, batch_size, generator):
+        """Uniform rows with replacement: obs (B, S), next_obs (B, S), action (B, A), reward (B,), terminated (B,)."""
+        size = min(self.added, len(self.rows))
+        rows = self.rows[torch.randint(size, (batch_size,), generator=generator, device=self.rows.device)]
+        obs, next_obs, action, reward, terminated = (x.contiguous() for x in rows.split(self.sizes, dim=1))
+        return obs, next_obs, action, reward[:, 0], terminated[:, 0]
+
+
+def evaluate(policy, critic, args, stop_signals=()):
+    """Returns (N,) in the native reward, acting by the best of eval_draws draws; meaningless after a stop signal."""
+    folders = [f"{args.evaluate}/videos" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
+    envs = gym.vector.SyncVectorEnv([lambda folder=folder: make_env(args, video_folder=folder) for folder in folders])
+    generator = torch.Generator(args.device).manual_seed(args.seed + 10_000)
+    obs, _ = envs.reset(seed=args.seed + 10_000)
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    while running.any() and not stop_signals:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=args.device)
+        actions = policy.sample(obs, args.eval_draws, generator)  # (N, draws, A)
+        with torch.no_grad():
+            best = critic(obs, actions).amin(0).argmax(-1)
+        obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
+        returns += running * reward
+        running &= ~(terminated | truncated)
+    envs.close()
+    return returns
+
+
+def write_evaluations(run_dir, evaluations):
+    """runs/<run_name>/eval.csv, one row per evaluation, and learning_curve.png: mean and standard deviation."""
+    table = [evaluations[0].keys(), *(row.values() for row in evaluations)]
+    (run_dir / "eval.unfinished").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+    os.replace(run_dir / "eval.unfinished", run_dir / "eval.csv")
+    step, mean, std = (np.array([row[name] for row in evaluations]) for name in ("step", "mean", "std"))
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    axes.plot(step, mean, marker="o", markersize=3)
+    axes.fill_between(step, mean - std, mean + std, alpha=0.2)
+    axes.set(xlabel="environment steps", ylabel="evaluation return (mean, standard deviation)", title=run_dir.name)
+    axes.figure.savefig(run_dir / "learning_curve.png", dpi=120)
+
+
+def save(path, state):
+    """torch.save, written aside and moved into place: a file of this name is always whole."""
+    with open(path.with_suffix(".unfinished"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load(path):
+    """What `save` wrote, executing nothing from it; SystemExit if it is missing or damaged."""
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
+            raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what a damaged zip file can raise is not documented
+        raise SystemExit(f"{path} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+if __name__ == "__main__":
+    # Arguments. --resume and --evaluate take those of the run; flags given now win, except some that cannot change.
+    args, script, state = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
+    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
+    if args.evaluate or args.resume:
+        state = load(run_dir / "checkpoint.pt")
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"] | dict(resume="", evaluate="")))
+        fixed = "env_id hidden_dim"
+        if args.resume:
+            fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps"
+            fixed += " critic_lr alpha alpha_lr"
+        changed = [name for name in fixed.split() if getattr(args, name) != state["args"][name]]
+        if changed or script != state["script"]:
+            raise SystemExit(f"{run_dir} was made by {state['script']}.py with other {', '.join(changed) or 'weights'}")
+
+    # The machine.
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
+    renderer = "egl" if sys.platform == "linux" else "glfw"
+    os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
+    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    try:
+        generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
+
+    # Environments, networks, alpha, optimisers, replay buffer.
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    torch.manual_seed(args.seed)  # the networks
+    device, policy_dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
+    sizes = obs_dim, action_dim, args.hidden_dim
+    policy = DiffusionPolicy(*sizes, args.solver, args.diffusion_steps, policy_dtype).to(device)
+    critic = Critic(*sizes).to(device)
+    critic_target = copy.deepcopy(critic)  # used under no_grad only
+    log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.alpha_lr)
+    parts = dict(policy=policy, critic=critic, critic_target=critic_target)
+    parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer, alpha_optimizer=alpha_optimizer)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
+    global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
+    policy_loss, entropy = math.nan, math.nan  # to be logged until the first of them
+    episode = np.full(args.num_envs, -1)  # which one runs in each environment
+
+    def reset(which):
+        """Starts the next episode where `which` (num_envs,) says so, from a seed made of the run's and its number."""
+        episode[which] += 1
+        seeds = [np.random.SeedSequence([args.seed, i, k]).generate_state(1)[0] for i, k in enumerate(episode)]
+        return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
+
+    if args.evaluate:
+        policy.load_state_dict(state["policy"])
+        critic.load_state_dict(state["critic"])
+        returns = evaluate(policy, critic, args)
+        print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
+        raise SystemExit
+
+    # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log_alpha.data.copy_(state["log_alpha"])
+        generator.set_state(state["generator"].clone())
+        global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
+        start, buffer.added, episode = start - state["seconds"], state["added"], np.array(state["episode"]) - 1
+    obs = reset(np.ones(args.num_envs, dtype=bool))
+    if state:
+        buffer.rows[: len(state["rows"])] = state["rows"]
+        for i, (env, length) in enumerate(zip(envs.envs, state["lengths"], strict=True)):
+            rows = torch.arange(-length, 0) * args.num_envs + buffer.added + i
+            for action in buffer.rows[rows % len(buffer.rows), 2 * obs_dim : -2].cpu().numpy():
+                obs[i], *_ = env.step(action)
+        if not np.array_equal(obs, state["obs"].numpy()):
+            warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
+
+    # The run's directory and logs.
+    sys.excepthook = lambda kind, error, traceback: (
+        print(f"stopped: {error}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
+        if issubclass(kind, OSError) or kind.__module__.startswith("wandb")  # files that cannot be written, no account
+        else sys.__excepthook__(kind, error, traceback)
+    )
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
+    run_dir.mkdir(parents=True, exist_ok=bool(state))
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    if args.track:
+        import wandb
+
+        run = dict(project=args.wandb_project, name=run_dir.name, id=run_dir.name, config=asdict(args), dir=run_dir)
+        wandb.init(**run, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: without an account
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if state else None)  # hides what will come again
+    print(f"{run_dir} on {device}, policy in {policy_dtype}, {'compiled' if args.compile else 'not compiled'}")
+
+    def check_finite(**quantities):
+        for name, value in quantities.items():
+            if not torch.as_tensor(value).isfinite().all():
+                raise SystemExit(f"stopped at step {global_step}: {name} is not finite; --resume {run_dir} goes back")
+
+    def times(every):
+        """How many multiples of `every` the last step reached; `every` 0 is never."""
+        return every and global_step // every - max(0, global_step - args.num_envs) // every
+
+    def checkpoint():
+        check_finite(**dict(policy.named_parameters()), **dict(critic.named_parameters()))
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= dict(script=script, args=asdict(args), global_step=global_step, num_updates=num_updates)
+        state |= dict(evaluations=evaluations, seconds=time.time() - start, log_alpha=log_alpha.detach())
+        rows = torch.from_numpy(buffer.rows[: buffer.added].cpu().numpy())  # a slice would save its whole storage
+        state |= dict(generator=generator.get_state(), rows=rows, added=buffer.added, obs=torch.tensor(obs))
+        state |= dict(episode=episode.tolist(), lengths=[env.episode_lengths for env in envs.envs])
+        writer.flush()
+        save(run_dir / "checkpoint.pt", state)
+
+    B = args.batch_size
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    while True:
+        last = global_step >= args.total_timesteps
+
+        # Evaluate, when due and at the end.
+        due = (times(args.eval_every) or last) and global_step not in [row["step"] for row in evaluations]
+        if args.eval_every and due:
+            returns = evaluate(policy, critic, args, stop_signals)
+            if not stop_signals:
+                mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
+                tqdm.write(f"step {global_step}: return {mean:.1f} +- {std:.1f}")
+                writer.add_scalar("eval/return", mean, global_step)
+                returns = " ".join(f"{x:.2f}" for x in returns)
+                evaluations.append(dict(step=global_step, mean=mean, std=std, seconds=seconds, returns=returns))
+                write_evaluations(run_dir, evaluations)
+
+        # Checkpoint, when due, at the end, or asked to stop.
+        if times(args.checkpoint_every) or last or stop_signals:
+            checkpoint()
+        if last or stop_signals:
+            break
+
+        # Act with one draw from the policy and noise, and store.
+        global_step += args.num_envs
+        noise_std = args.noise_scale * log_alpha.detach().exp()
+        if global_step <= args.learning_starts:
+            action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
+        else:
+            states = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            with torch.no_grad():
+                action = act(policy, states, 1, noise_std, generator)[:, 0]
+        next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
+        check_finite(observation=next_obs, reward=reward)
+        buffer.add(obs, next_obs, action, reward, terminated)
+        obs, done = next_obs, terminated | truncated
+        if done.any():
+            writer.add_scalar("train/return", infos["episode"]["r"][done].mean(), global_step)
+            obs = reset(done)
+
+        for _ in range(times(args.steps_per_update) if global_step > args.learning_starts else 0):
+            batch_obs, batch_next_obs, batch_action, batch_reward, batch_terminated = buffer.sample(B, generator)
+
+            # Critics: targets by the distribution of the twin with the smaller mean; time limits bootstrap.
+            with torch.no_grad():
+                next_action = act(policy, batch_next_obs, 1, noise_std, generator)  # (B, 1, A)
+                next_mean, next_deviation = (x[..., 0] for x in critic_target.distribution(batch_next_obs, next_action))
+                next_q, smaller = next_mean.min(0)  # (B,)
+                z = torch.randn(B, generator=generator, device=device).clamp(-3, 3)
+                discount = args.discount * (1 - batch_terminated)
+                target_q = args.reward_scale * batch_reward + discount * next_q
+                target_draw = target_q + discount * next_deviation.gather(0, smaller[None])[0] * z
+            q, deviation = (x[..., 0] for x in critic.distribution(batch_obs, batch_action[:, None]))  # (2, B)
+            critic.b.lerp_(deviation.detach().mean(1), args.tau if num_updates > 0 else 1.0)
+            critic_loss = distributional_loss(q, deviation, target_q, target_draw, critic.b)
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            critic_optimizer.step()
+            check_finite(critic_loss=critic_loss)
+
+            # Policy: uphill on the smaller mean, through all denoising steps; then the targets follow.
+            if num_updates % args.policy_delay == 0:
+                critic.requires_grad_(False)
+                policy_loss = -critic(batch_obs, act(policy, batch_obs, 1, noise_std, generator)).amin(0).mean()
+                critic.requires_grad_(True)
+                check_finite(policy_loss=policy_loss)
+                optimizer.zero_grad()
+                policy_loss.backward()
+                frac = min(global_step / args.total_timesteps, 1)
+                optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
+                optimizer.step()
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+
+            # alpha: more noise where the actions' entropy is below its target, less above.
+            if num_updates % args.alpha_interval == 0:
+                with torch.no_grad():
+                    entropy = gaussian_entropy(act(policy, batch_obs, args.entropy_draws, noise_std, generator))
+                alpha_loss = log_alpha * (entropy.float() - args.target_entropy * action_dim)
+                alpha_optimizer.zero_grad()
+                alpha_loss.backward()
+                alpha_optimizer.step()
+            num_updates += 1
+
+        progress.update(args.num_envs)
+        if critic_loss is not None and times(args.log_every):
+            scalars = {
+                "loss/critic": critic_loss,
+                "loss/policy": policy_loss,
+                "q/mean": q.mean(),
+                "q/deviation": deviation.mean(),
+                "alpha": log_alpha.exp(),
+                "policy/entropy": entropy,
+                "speed/steps_per_second": global_step / (time.time() - start),
+            }
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, global_step)
+    writer.close()
+    if stop_signals:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        raise SystemExit(128 + stop_signals[0])
