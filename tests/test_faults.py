@@ -17,6 +17,7 @@ import simpo_neg
 from benchmark.kill_and_resume import differences, read_checkpoint, results
 
 TRACK = ["--track", "--env-id", "Pendulum-v1", *SMALL, "--learning-starts", "100", "--eval-every", "0"]
+TRACK += ["--log-every", "50"]
 
 # In an empty disk of 1 MB that only this process sees: trains to step 200, fills the disk, goes on, makes room, ...
 SMALL_DISK = """
@@ -141,7 +142,6 @@ def test_no_account_for_track(run_in, wandb, monkeypatch, tmp_path, capsys):
 def test_track_offline(run_in, wandb, monkeypatch):
     """Arguments and scalars go to Weights & Biases; without an account, to files that `wandb sync` takes."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     run_dir, code = run_in("run", "simpo_neg", *TRACK, "--total-timesteps", "150")
     assert code is None
     wandb.finish()
