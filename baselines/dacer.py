@@ -11,10 +11,9 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
     policy    every 2nd update: mean of -min_i m_i(s, a), the gradient going through all steps to a
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
-Departures from the authors' code (happy-yan/DACER): one Gaussian in place of a mixture of 3, for which 200 actions are
-too few beyond some 8 dimensions; alpha is stepped every 1,000 updates instead of 10,000, to move within 200,000; noise
-0.15 for all tasks (theirs: 0.1 but for HalfCheetah, Humanoid); 5 environments for 20, 5,000 random steps for 30,000,
-this frame's solver and learning rates.
+Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3, for which 200 actions are too few
+beyond some 8 dimensions; alpha is stepped every 1,000 updates for 10,000, to move within 200,000; noise 0.15 for all
+tasks (0.1 but for HalfCheetah, Humanoid); 5,000 random steps for 30,000; this frame's environments, solver and rates.
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
