@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import math
 import re
 import signal
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from small_envs import PointMass
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = [f"baselines/{name}" for name in ("qvpo", "qsm", "sdac", "dipo", "dacer")]
 FRAME = "simpo_neg"
@@ -24,13 +26,14 @@ FAST = [*SMALL, *FAST.split(), *"--policy-lr 2e-3 --policy-lr-end 2e-3 --critic-
 
 # Two updates whose random numbers a test can draw again and do the rest by hand.
 HAND = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 45 --eval-every 0 --tau 0.3 --policy-lr 0.1"
-HAND = [*SMALL, *HAND.split(), *"--policy-lr-end 0.1 --critic-lr 0.02".split()]
+HAND = [*SMALL, *HAND.split(), *"--policy-lr-end 0.1 --critic-lr 0.02 --log-every 5".split()]
 
 
 class ByHand:
     """The networks, optimisers and generator of a run with the flags HAND, where its first update begins."""
 
     def __init__(self, module, run_dir, solver="dpm", eps=1e-8):
+        self.losses, self.logged = {}, EventAccumulator(str(run_dir)).Reload()
         self.result = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         torch.manual_seed(1)
         self.policy, self.critic = module.DiffusionPolicy(3, 1, 32, solver, 5), module.Critic(3, 1, 32)
@@ -50,6 +53,7 @@ class ByHand:
         return torch.randn(*shape, generator=self.generator)
 
     def step(self, module, adam, loss, max_norm=torch.inf):
+        self.losses["loss/critic" if module is self.critic else "loss/policy"] = loss.item()
         adam.zero_grad()
         loss.backward()
         norm = torch.cat([x.grad.flatten() for x in module.parameters() if x.grad is not None]).norm()
@@ -67,7 +71,10 @@ class ByHand:
         for x, y in zip(target.state_dict().values(), online.state_dict().values(), strict=True):
             x.copy_(0.7 * x + 0.3 * y)
 
-    def compare(self, *parts):
+    def compare(self, *parts, policy_loss=True):
+        """All that the run has in the end, and its last losses, which show more of the targets than Adam's steps."""
+        for name, tolerance in [("loss/critic", 1e-4), ("loss/policy", 1e-3 if policy_loss else math.inf)]:
+            assert self.logged.Scalars(name)[-1].value == pytest.approx(self.losses[name], rel=tolerance), name
         for part in parts:
             for name, x in getattr(self, part).state_dict().items():
                 torch.testing.assert_close(

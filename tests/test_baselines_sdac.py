@@ -85,7 +85,7 @@ def test_two_updates_by_hand(run_script):
         error = (policy.velocity(noisy, states + times[t]) - velocity) ** 2
         hand.step(policy, hand.policy_adam, (weights[..., None] * error).sum(1).mean())
         hand.follow(hand.critic_target, critic)
-    hand.compare("policy", "critic", "critic_target")
+    hand.compare("policy", "critic", "critic_target", policy_loss=False)  # that differs by a constant
 
 
 def test_learns_the_point_mass(run_script):
