@@ -123,7 +123,7 @@ def test_a_signal_stops_it_with_128_and_its_number(tmp_path, number):
     process = start("--figure", 2, "--save-dir", tmp_path)
     assert "round" in process.stderr.read(120)  # the progress bar is there
     process.send_signal(number)
-    _, rest = process.communicate(timeout=20)
+    _, rest = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in rest
     assert not list(tmp_path.iterdir())
 
