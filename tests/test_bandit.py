@@ -120,7 +120,7 @@ def test_every_figure_and_same_seed_same_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_with_128_and_its_number(tmp_path, number):
-    process = start("--figure", 2, "--save-dir", tmp_path)
+    process = start("--figure", 2, "--seeds", 2, "--rounds", 100_000, "--save-dir", tmp_path)
     assert "round" in process.stderr.read(120)  # the progress bar is there
     process.send_signal(number)
     _, rest = process.communicate(timeout=120)
