@@ -25,8 +25,8 @@ seed: it does not depend on what runs beside it, and methods are compared on com
 
 import csv
 import math
+import os
 import signal
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -554,8 +554,8 @@ def prepare(args):
     """One thread, the folder for the results, and 128 + signal as exit code; SystemExit if the folder is no good."""
     torch.set_num_threads(1)  # the networks are too small to share among threads
     torch.set_flush_denormal(True)  # weights of Exp underflow, and denormal numbers are slow
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM):  # at once: SystemExit is lost where a library catches everything
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.save_dir).close()
