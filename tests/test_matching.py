@@ -66,7 +66,7 @@ def test_draws_follow_the_reweighted_density(fitted, signed, state):
 
 
 def test_dropping_negative_weights_generates_something_else():
-    assert min(distance(fit(True, clip_negative=True), state) for state in (0, 1)) > 2 * BOUND[True]
+    assert min(distance(fit(True, steps=600, clip_negative=True), state) for state in (0, 1)) > 2 * BOUND[True]
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -65,7 +65,7 @@ def cases(draw):
 @pytest.mark.parametrize("reweight, settings_of_g, g", variants())
 def test_equal_to_float64_bisection_and_keeps_the_order(reweight, settings_of_g, g, device):
 
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @given(cases())
     def check(case):
         q, temperature = case[0], torch.tensor(case[1], dtype=case[0].dtype)  # a tensor, as in training
@@ -142,6 +142,7 @@ def test_entropy_is_of_the_weights_clipped_to_be_positive():
     weights = torch.tensor(
         [[[2.5, 1.5, -0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], [[4.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]]]
     )
-    p = np.array([2.5, 1.5, 1e-6, 0.5]) / 4.500001
-    expected = [(-(p * np.log(p)).sum() + np.log(4)) / 2, 0]
-    assert simpo_neg.entropy(weights).tolist() == pytest.approx(expected, abs=2e-5)
+    p = weights.double().numpy().clip(min=1e-6)
+    p /= p.sum(-1, keepdims=True)
+    expected = -(p * np.log(p)).sum(-1).mean(-1)
+    assert simpo_neg.entropy(weights).tolist() == pytest.approx(expected, abs=1e-6)
