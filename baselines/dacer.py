@@ -8,7 +8,7 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
               y = r + gamma (1 - terminated) m_j(s', a'), y_z the same with m_j(s', a') + z d_j(s', a')
     critics   -(b_i^2 + 0.1) mean[m_i (y - m_i) / (d_i^2 + 0.1) + d_i ((x_i - m_i)^2 - d_i^2) / (d_i^3 + 0.1)], only the
               first m_i and d_i of each product with gradient; x_i = m_i + clip(y_z - m_i, -3 b_i, 3 b_i)
-    policy    every 2nd update: mean of -min_i m_i(s, a), the gradient going through all steps to a
+    policy    every 2nd update: mean of -min_i m_i(s, a), through all steps; a policy saturated everywhere is stuck
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
 Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3, for which 200 actions are too few
