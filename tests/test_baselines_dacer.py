@@ -139,7 +139,7 @@ def test_two_updates_by_hand(run_script):
 def test_learns_the_point_mass(run_script):
     """From -3.3 (standing still) or worse to above -1 within 400 updates, with little noise from the start.
 
-    At four times this learning rate one seed of three ended saturated in all states, where no gradient comes back.
+    At four times this learning rate seed 2 ended saturated in all states, where no gradient comes back.
     """
     flags = "--alpha 1 --policy-delay 1 --policy-lr 5e-4 --policy-lr-end 5e-4"
     run_dir = run_script("baselines/dacer", *FAST, *flags.split())
