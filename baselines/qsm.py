@@ -461,8 +461,8 @@ if __name__ == "__main__":
         # Checkpoint, when due, at the end, or asked to stop.
         if times(args.checkpoint_every) or last or stop_signals:
             checkpoint()
-        if last or stop_signals:
-            break
+            if last or stop_signals:
+                break
 
         # Act with one draw from the policy and noise, and store.
         global_step += args.num_envs

@@ -470,8 +470,8 @@ if __name__ == "__main__":
         # Checkpoint, when due, at the end, or asked to stop.
         if times(args.checkpoint_every) or last or stop_signals:
             checkpoint()
-        if last or stop_signals:
-            break
+            if last or stop_signals:
+                break
 
         # Act with the best of a few draws from the policy, and store.
         global_step += args.num_envs
