@@ -248,6 +248,8 @@ def make_env(args, training=False, video_folder=None):
     env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
+        if video_folder:
+            env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
@@ -255,8 +257,6 @@ def make_env(args, training=False, video_folder=None):
     if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
         rule = "observations and actions must be continuous (Box), actions within bounds"
         raise SystemExit(f"--env-id {args.env_id}: {rule}; it has {obs_space} and {action_space}")
-    if video_folder:
-        env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
     if training and args.reward_landscape != "native":
         physics = env.unwrapped._env.physics
@@ -344,14 +344,16 @@ if __name__ == "__main__":
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     if args.evaluate or args.resume:
         state = load(run_dir / "checkpoint.pt")
+        if state["script"] != script:
+            raise SystemExit(f"{run_dir} was made by {state['script']}.py")
         args = tyro.cli(Args, description=__doc__, default=Args(**state["args"] | dict(resume="", evaluate="")))
         fixed = "env_id hidden_dim"
         if args.resume:
             fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps"
             fixed += " critic_lr"
         changed = [name for name in fixed.split() if getattr(args, name) != state["args"][name]]
-        if changed or script != state["script"]:
-            raise SystemExit(f"{run_dir} was made by {state['script']}.py with other {', '.join(changed) or 'weights'}")
+        if changed:
+            raise SystemExit(f"{run_dir} was made with other {', '.join(changed)}")
 
     # The machine.
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
@@ -370,16 +372,15 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks
-    device, policy_dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
-    sizes = obs_dim, action_dim, args.hidden_dim
-    policy = DiffusionPolicy(*sizes, args.solver, args.diffusion_steps, policy_dtype).to(device)
-    critic = Critic(*sizes).to(device)
+    device, dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
+    policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
+    critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     policy_target, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)  # used under no_grad only
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, eps=1e-5, fused=True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, eps=1e-5, fused=True)
     parts = dict(policy=policy, policy_target=policy_target, critic=critic, critic_target=critic_target)
     parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps + args.num_envs), obs_dim, action_dim, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
     episode = np.full(args.num_envs, -1)  # which one runs in each environment
 
@@ -413,10 +414,10 @@ if __name__ == "__main__":
         if not np.array_equal(obs, state["obs"].numpy()):
             warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
-    # The run's directory and logs.
+    # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
     sys.excepthook = lambda kind, error, traceback: (
-        print(f"stopped: {error}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
-        if issubclass(kind, OSError) or kind.__module__.startswith("wandb")  # files that cannot be written, no account
+        print(f"\nstopped: {why}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
+        if isinstance(why := error.__context__, OSError) or isinstance(why := error, OSError) or "wandb" in str(kind)
         else sys.__excepthook__(kind, error, traceback)
     )
     threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
@@ -428,7 +429,7 @@ if __name__ == "__main__":
         run = dict(project=args.wandb_project, name=run_dir.name, id=run_dir.name, config=asdict(args), dir=run_dir)
         wandb.init(**run, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: without an account
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if state else None)  # hides what will come again
-    print(f"{run_dir} on {device}, policy in {policy_dtype}, {'compiled' if args.compile else 'not compiled'}")
+    print(f"{run_dir} on {device}, policy in {dtype}, {'compiled' if args.compile else 'not compiled'}")
 
     def check_finite(**quantities):
         for name, value in quantities.items():
@@ -456,8 +457,8 @@ if __name__ == "__main__":
         last = global_step >= args.total_timesteps
 
         # Evaluate, when due and at the end.
-        due = (times(args.eval_every) or last) and global_step not in [row["step"] for row in evaluations]
-        if args.eval_every and due:
+        evaluated = [row["step"] for row in evaluations]
+        if args.eval_every and (times(args.eval_every) or last) and global_step not in evaluated:
             returns = evaluate(policy, critic, args, stop_signals)
             if not stop_signals:
                 mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
@@ -548,7 +549,6 @@ if __name__ == "__main__":
             }
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
-    writer.close()
     if stop_signals:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         raise SystemExit(128 + stop_signals[0])

@@ -117,7 +117,7 @@ def main_blocks(script):
         ("next_obs, reward, terminated, truncated, infos", "buffer.add("),
         ("obs, done = next_obs", "# Critics:"),
         ("progress.update", "scalars = {"),
-        ("writer.close()", None),
+        ('"speed/steps_per_second"', None),
     ]
     text = read(script)
     return [text[text.index(start) : text.index(end, text.index(start)) if end else None] for start, end in between]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -85,13 +86,16 @@ def test_files_and_evaluate_again(run_script, capsys):
     assert files == {path: path.read_bytes() for path in run_dir.iterdir()}
 
 
-def test_a_video_of_the_first_episode(run_script):
+def test_a_video_of_the_first_episode(run_script, monkeypatch):
     run_dir = run_script("simpo_neg", *FLAGS, "--total-timesteps", 10)
     with pytest.raises(SystemExit) as end:
         run_script("simpo_neg", "--evaluate", run_dir, "--capture-video")
     assert not end.value.code
     (video,) = (run_dir / "videos").glob("*.mp4")
     assert video.stat().st_size > 500
+    monkeypatch.setitem(sys.modules, "moviepy", None)  # makes its import fail
+    with pytest.raises(SystemExit, match="--env-id small_envs:PointMass-v0: MoviePy is not installed"):
+        run_script("simpo_neg", "--evaluate", run_dir, "--capture-video")
 
 
 def test_a_checkpoint_of_one_solver_draws_with_the_other(run_script, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,25 @@ def test_full_and_read_only_disk(tmp_path):
         assert reason in line and re.search(r"--resume runs/Pendulum-v1__simpo_neg__1__\S+$", line), text
         assert "Traceback" not in text and "ENDED" not in text, text
     assert re.findall(r"^ *(\w+),", table, flags=re.M) == ["step", "200", "400", "600", "800"], table
+
+
+def test_a_write_that_fails_within_a_checkpoint(run_script, capsys):
+    """In the middle of a large record torch.save raises RuntimeError: still one line, and the old checkpoint stays."""
+    flags = ["--env-id", "small_envs:PointMass-v0", *SMALL, "--learning-starts", "20000", "--eval-every", "0"]
+    run_dir = run_script("simpo_neg", *flags, "--total-timesteps", "10000")
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        with pytest.raises(RuntimeError) as error:
+            run_script("simpo_neg", "--resume", run_dir, "--total-timesteps", "10100")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    sys.excepthook(error.type, error.value, error.tb)
+    *_, line = capsys.readouterr().err.splitlines()  # after the progress bar
+    assert line.startswith("stopped: [Errno 27] File too large") and line.endswith(f"--resume {run_dir}")
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
 def nan_observation(result):
