@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 # What a flag's value must be is part of its type, and what it means is the comment beside it: --help shows that.
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
-Every = Annotated[int, "at least 0", lambda n: n >= 0]
+Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
@@ -64,21 +64,21 @@ class Args:
     landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
     total_timesteps: Count = 1_000_000  # environment steps, all environments together
     num_envs: Count = 5  # parallel environments
-    seed: Every = 1  # seed of the networks, the environments and all draws
+    seed: Natural = 1  # seed of the networks, the environments and all draws
 
     # DIPO
-    action_steps: Every = 20  # gradient steps on the improved actions per update
+    action_steps: Natural = 20  # gradient steps on the improved actions per update
     action_lr: Positive = 0.03  # their learning rate, half the action range being 1
     action_grad_norm: Positive = 0.1  # limit of the norm of the whole batch's gradient, per dimension of the action
     max_grad_norm: Positive = 2.0  # limit of the norm of the policy's and of the critics' gradient
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
-    diffusion_steps: Every = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
+    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
-    learning_starts: Every = 5_000  # environment steps with uniformly random actions before the first update
+    learning_starts: Natural = 5_000  # environment steps with uniformly random actions before the first update
     buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
     policy_lr: Positive = 3e-4  # learning rate of the policy at the start
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
@@ -87,11 +87,11 @@ class Args:
     tau: Share = 0.005  # step of the target critics towards the critics, per update
 
     # evaluation, output, machine
-    eval_every: Every = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
+    eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
     eval_episodes: Count = 20  # episodes per evaluation, in parallel environments
     eval_draws: Count = 1  # actions drawn per step in evaluation; the critics' favourite is taken
     log_every: Count = 1_000  # environment steps between logged losses, weights and speeds
-    checkpoint_every: Every = 50_000  # environment steps between checkpoints, and one at the end; 0: only that
+    checkpoint_every: Natural = 50_000  # environment steps between checkpoints, and one at the end; 0: only that
     resume: str = ""  # runs/<run_name>: go on from its checkpoint; its arguments hold but where given anew
     evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint and train nothing; arguments likewise
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
@@ -101,7 +101,7 @@ class Args:
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
-    def __post_init__(self):
+    def check(self):
         """Raises SystemExit with one line for the first argument that makes no sense."""
         self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
@@ -147,10 +147,10 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_dim, solver, steps, dtype=torch.float32):
         super().__init__()
         self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
-        t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)  # 0 to 1
-        alpha, sigma = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** (2 if solver == "dpm" else 1)  # dpm: denser near 0
+        alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
         # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
-        (alpha_u, alpha), (sigma_u, sigma), t = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:]), t[1:]
+        alpha_u, sigma_u, alpha, sigma, t = alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], t[1:]  # (T,)
         if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
             variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
             from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
@@ -158,8 +158,8 @@ class DiffusionPolicy(nn.Module):
         else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
-            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite in the last and the first step
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # by twice the h of the step before, at the next index
+            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite from t = 1 and to u = 0
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h over twice the step before's; 0 if one is infinite
         self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
@@ -187,8 +187,8 @@ class DiffusionPolicy(nn.Module):
         obs_embedding, time_embedding = self.embed(obs)
         embedding = obs_embedding + F.one_hot(t, len(time_embedding)).float() @ time_embedding  # (B, K, H)
         alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
-        velocity = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
-        error = (self.velocity(alpha * action + sigma * noise, embedding) - velocity).square()
+        target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
+        error = (self.velocity(alpha * action + sigma * noise, embedding) - target).square()
         return (weights[..., None] * error.clamp(max=error_clip)).mean()
 
     @torch.compile(dynamic=True)
@@ -333,21 +333,22 @@ def load(path):
 
 if __name__ == "__main__":
     # Arguments. --resume and --evaluate take those of the run; flags given now win, except some that cannot change.
-    args, script, state = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
+    args, script, saved = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
     run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     if args.evaluate or args.resume:
-        state = load(run_dir / "checkpoint.pt")
-        if state["script"] != script:
-            raise SystemExit(f"{run_dir} was made by {state['script']}.py")
-        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"] | dict(resume="", evaluate="")))
+        saved = load(run_dir / "checkpoint.pt")
+        if saved["script"] != script:
+            raise SystemExit(f"{run_dir} was made by {saved['script']}.py")
+        here = dict(resume="", evaluate="", compile=saved["args"]["compile"] and Args.compile)
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"] | here))
         fixed = "env_id hidden_dim"
         if args.resume:
-            fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps"
-            fixed += " critic_lr"
-        changed = [name for name in fixed.split() if getattr(args, name) != state["args"][name]]
+            fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps device critic_lr"
+        changed = [name for name in fixed.split() if getattr(args, name) != saved["args"][name]]
         if changed:
             raise SystemExit(f"{run_dir} was made with other {', '.join(changed)}")
+    args.check()
 
     # The machine.
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
@@ -359,7 +360,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
 
     # Environments, networks, optimisers, replay buffer.
@@ -386,28 +387,28 @@ if __name__ == "__main__":
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
     if args.evaluate:
-        policy.load_state_dict(state["policy"])
-        critic.load_state_dict(state["critic"])
+        policy.load_state_dict(saved["policy"])
+        critic.load_state_dict(saved["critic"])
         returns = evaluate(policy, critic, args)
         print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
         raise SystemExit
 
     # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
-    if state:
+    if saved:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"].clone())
-        global_step, num_updates, evaluations = state["global_step"], state["num_updates"], state["evaluations"]
-        start, buffer.added, episode = start - state["seconds"], state["added"], np.array(state["episode"]) - 1
+            part.load_state_dict(saved[name])
+        generator.set_state(saved["generator"].clone())
+        global_step, num_updates, evaluations = saved["global_step"], saved["num_updates"], saved["evaluations"]
+        start, buffer.added, episode = start - saved["seconds"], saved["added"], np.array(saved["episode"]) - 1
     obs = reset(np.ones(args.num_envs, dtype=bool))
-    if state:
-        buffer.rows[: len(state["rows"])] = state["rows"]
-        improved[: len(state["improved"])] = state["improved"]
-        for i, (env, length) in enumerate(zip(envs.envs, state["lengths"], strict=True)):
+    if saved:
+        buffer.rows[: len(saved["rows"])] = saved["rows"]
+        improved[: len(saved["improved"])] = saved["improved"]
+        for i, (env, length) in enumerate(zip(envs.envs, saved["lengths"], strict=True)):
             rows = torch.arange(-length, 0) * args.num_envs + buffer.added + i
             for action in buffer.rows[rows % len(buffer.rows), 2 * obs_dim : -2].cpu().numpy():
                 obs[i], *_ = env.step(action)
-        if not np.array_equal(obs, state["obs"].numpy()):
+        if not np.array_equal(obs, saved["obs"].numpy()):
             warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
     # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
@@ -417,14 +418,14 @@ if __name__ == "__main__":
         else sys.__excepthook__(kind, error, traceback)
     )
     threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
-    run_dir.mkdir(parents=True, exist_ok=bool(state))
+    run_dir.mkdir(parents=True, exist_ok=bool(saved))
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     if args.track:
         import wandb
 
-        run = dict(project=args.wandb_project, name=run_dir.name, id=run_dir.name, config=asdict(args), dir=run_dir)
-        wandb.init(**run, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: without an account
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if state else None)  # hides what will come again
+        run = dict(project=args.wandb_project, id=run_dir.name.replace(":", "-"), config=asdict(args), dir=run_dir)
+        wandb.init(**run, name=run_dir.name, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: no account
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)  # hides what will come again
     print(f"{run_dir} on {device}, policy in {dtype}, {'compiled' if args.compile else 'not compiled'}")
 
     def check_finite(**quantities):

@@ -109,9 +109,10 @@ def main_blocks(script):
     between = [
         ("# What a flag's value must be", "@dataclass"),
         ("# Arguments. --resume", " critic_lr"),
+        ("changed = [", "# The machine."),
         ("# The machine.", "# Environments, networks"),
         ("def reset(which)", "# Everything as the checkpoint"),
-        ("global_step, num_updates, evaluations = state", "if not np.array_equal(obs, state"),
+        ("global_step, num_updates, evaluations = saved", "if not np.array_equal(obs, saved"),
         ("# The run's directory and logs.", "def checkpoint"),
         ("# Evaluate, when due", "# Act with"),
         ("next_obs, reward, terminated, truncated, infos", "buffer.add("),
@@ -127,7 +128,7 @@ def main_blocks(script):
 def test_the_frame_is_simpo_negs_to_the_letter(script):
     name = script.split("/")[1]
     frame, ours = definitions(FRAME), definitions(script)
-    for block in frame.keys() - {"Args", "reweight", "entropy"}:
+    for block in frame.keys() - {"Args", "reweight", "kl"}:
         if name not in OWN_METHODS.get(block, ()):
             assert ours[block] == frame[block], block
     for here, there in zip(main_blocks(script), main_blocks(FRAME), strict=True):

@@ -22,9 +22,12 @@ VARIANT = {"simpo_exp": {}, "simpo_power": dict(power=1.0), "simpo_neg": dict(po
 @pytest.mark.parametrize("script", VARIANT)
 def test_defaults(script):
     expected = PAPER | AUTHORS | OURS | VARIANT[script]
-    args = vars(importlib.import_module(script).Args())
-    assert {name: args[name] for name in expected} == expected
+    args = importlib.import_module(script).Args()
+    args.check()
+    assert {name: vars(args)[name] for name in expected} == expected
 
 
 def test_the_authors_sampler_takes_the_papers_20_steps():
-    assert importlib.import_module("simpo_neg").Args(solver="ddpm").diffusion_steps == 20
+    args = importlib.import_module("simpo_neg").Args(solver="ddpm")
+    args.check()
+    assert args.diffusion_steps == 20

@@ -162,7 +162,8 @@ def test_no_account_for_track(run_in, wandb, monkeypatch, tmp_path, capsys):
 def test_track_offline(run_in, wandb, monkeypatch):
     """Arguments and scalars go to Weights & Biases; without an account, to files that `wandb sync` takes."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_dir, code = run_in("run", "simpo_neg", *TRACK, "--total-timesteps", "150")
+    flags = [*TRACK, "--env-id", "small_envs:PointMass-v0", "--total-timesteps", "150"]
+    run_dir, code = run_in("run", "simpo_neg", *flags)
     assert code is None
     wandb.finish()
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")

@@ -87,6 +87,14 @@ def test_a_second_signal_ends_it_at_once(run_in, monkeypatch, tmp_path):
     assert len(calls) == 172 and read_checkpoint(tmp_path / "run")["global_step"] == 120
 
 
+def test_a_signal_ends_an_evaluation_of_a_run_at_once(run_in, shared_run, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a new process
+    calls = at_step(monkeypatch, 7, lambda result: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run_in("refused", "simpo_neg", "--evaluate", shared_run)
+    assert len(calls) == 7
+
+
 def test_no_damaged_checkpoint_is_loaded_as_another(run_in, tmp_path):
     """A flipped bit is refused, or stands where nothing does; a file cut anywhere is refused."""
     run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "120")
@@ -161,6 +169,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     [
         *("--env-id Hopper-v4", "--buffer-size 300", "--seed 2", "--num-envs 4", "--hidden-dim 64"),
         *("--solver ddpm", "--diffusion-steps 6", "--critic-lr 1e-3", "--temperature 1", "--temperature-lr 1"),
+        "--device cpu:0",
     ],
 )
 def test_resume_refuses_what_cannot_change(run_in, shared_run, changed):
@@ -190,16 +199,16 @@ def shared_run(run_in, tmp_path):
 
 
 def test_resume_takes_new_flags(run_in, tmp_path):
-    """More steps, and more episodes in an evaluation."""
+    """More steps, more episodes in an evaluation, a K whose log is above the run's target KL, not above the default."""
     sparse = ["--steps-per-update", "30", "--log-every", "5"]  # logs before the first update after a resume
     run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "180", *sparse)
-    flags = ["--total-timesteps", "270", "--eval-episodes", "7", "--no-compile", "--epsilon", "0.25"]
+    flags = "--total-timesteps 270 --eval-episodes 7 --no-compile --epsilon 0.25 --num-particles 4".split()
     assert run_in("run", "simpo_neg", "--resume", run_dir, *flags) == (run_dir, None)
     rows = list(csv.DictReader((run_dir / "eval.csv").open()))
     assert [float(row["step"]) for row in rows] == [90, 180, 270]
     assert [len(row["returns"].split()) for row in rows] == [5, 5, 7]
     args = read_checkpoint(tmp_path / "run")["args"]
-    assert args["epsilon"] == 0.25 and args["num_particles"] == 8 and args["buffer_size"] == 150
+    assert args["epsilon"] == 0.25 and args["num_particles"] == 4 and args["buffer_size"] == 150
 
 
 def test_an_environment_that_does_not_replay_is_said(run_in, monkeypatch):

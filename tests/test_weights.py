@@ -138,11 +138,11 @@ def test_a_grid_of_temperatures_at_once(reweight, settings_of_g, g):
         torch.testing.assert_close(at_once, reweight(q, temperature, *settings_of_g)[0])
 
 
-def test_entropy_is_of_the_weights_clipped_to_be_positive():
+def test_kl_is_of_the_weights_clipped_to_be_positive():
     weights = torch.tensor(
         [[[2.5, 1.5, -0.5, 0.5], [1.0, 1.0, 1.0, 1.0]], [[4.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]]]
     )
     p = weights.double().numpy().clip(min=1e-6)
     p /= p.sum(-1, keepdims=True)
-    expected = -(p * np.log(p)).sum(-1).mean(-1)
-    assert simpo_neg.entropy(weights).tolist() == pytest.approx(expected, abs=1e-6)
+    expected = (p * np.log(4 * p)).sum(-1).mean(-1)
+    assert simpo_neg.kl(weights).tolist() == pytest.approx(expected, abs=1e-6)
