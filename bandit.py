@@ -1,9 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "matplotlib==3.11.2", "numpy==2.4.6", "scipy==1.17.1", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
-# ]
-# ///
 """The one-dimensional experiments of SiMPO, section 5.1: Figures 1 to 3.
 
 A single state, an action a in R, a known reward r(a) with two optima, and flow policies that improve in rounds:

@@ -1,10 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "matplotlib==3.11.2", "numpy==2.4.6", "scipy==1.17.1", "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1",
-#   "tyro==1.0.17", "wandb==0.31.0",
-# ]
-# ///
 """Fine-tuning a discrete diffusion model of DNA with signed weights: SiMPO (arXiv 2603.10250, now GeMPO), Table 3.
 
     python dna_finetune.py                                                # a simulated assay, every method, on a CPU
@@ -26,7 +19,6 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -714,7 +706,7 @@ def stage(name, settings, make, /, **inputs):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for number in (signal.SIGINT, signal.SIGTERM):  # the finished stages are kept
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:

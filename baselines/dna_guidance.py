@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["numpy==2.4.6", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
-# ///
 """Guidance of a discrete diffusion model of DNA while it draws, nothing fine-tuned: CG, SMC, TDS and CFG of Table 3.
 
     python dna_finetune.py                              # the pretrained model and the oracles
@@ -32,9 +28,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -489,7 +485,7 @@ def read_run(path):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["numpy==2.4.6", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17"]
-# ///
 """DRAKES: a discrete diffusion model of DNA, tuned by backpropagation from the oracle through the sampler; Table 3.
 
     python dna_finetune.py                              # the pretrained model and the oracles
@@ -32,7 +28,6 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -487,7 +482,7 @@ def read_run(path):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
         device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
