@@ -194,3 +194,44 @@ def test_quality_of_a_run(run_dna, capsys):  # noqa: F811
     for flags in (["nothing"], [], [made / "rows.csv"]):
         with pytest.raises(SystemExit, match="give the directory of a dna_finetune.py run"):
             run_file("benchmark/dna_quality.py", *flags)
+
+
+def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
+    """Two rules of one method and a guided one; intervals by hand: t with 2 degrees of freedom at 97.5% is 4.3027."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    names = "reward_oracle true_activity kmer_correlation log_likelihood distinct distance".split()
+
+    def run(folder, settings, rows, curve=()):
+        Path(folder).mkdir()
+        Path(folder, "args.json").write_text(json.dumps(settings))
+        for name, table in (("rows.csv", rows), ("curves.csv", curve)):
+            if table:
+                lines = [",".join(table[0]), *(",".join(map(str, row.values())) for row in table)]
+                Path(folder, name).write_text("\n".join(lines) + "\n")
+
+    def row(method, seed, pred_activity, **others):
+        return dict(method=method, seed=seed, pred_activity=pred_activity) | dict.fromkeys(names, 0.5) | others
+
+    rows = [row("pretrained", 1, 0.25), *(row("exp", seed, x) for seed, x in [(1, 1.0), (2, 2.0), (3, 4.5)])]
+    curve = [
+        dict(method="exp", seed=s, step=k, seconds=s * k, reward=0, true_activity=0) for s in (1, 2, 3) for k in (0, 9)
+    ]
+    run("kl", dict(temperature_rule="kl"), rows, curve)
+    run("authors", dict(temperature_rule="authors"), [row("pretrained", 1, 0.25), row("exp", 1, 3.0)])
+    run("cg", {}, [row("cg", 1, 5.0, true_activity=math.nan, train_seconds=1, draw_seconds=7.4)])
+    run_file("benchmark/dna_table.py", "kl", "authors", "cg", "--out", "table")
+    table = {row["method"]: row for row in csv.DictReader(Path("table/table.csv").open())}
+    assert list(table) == ["pretrained", "exp", "exp, authors", "cg"]
+    half = 4.302653 * np.std([1, 2, 4.5], ddof=1) / math.sqrt(3)
+    assert (
+        table["exp"]["pred_activity"] == f"2.50 [{2.5 - half:.2f}, {2.5 + half:.2f}]"
+        and table["exp"]["seeds"] == "1 2 3"
+    )
+    assert table["exp"]["train_seconds"].startswith("18 [") and table["cg"]["draw_seconds"] == "7"
+    assert table["exp, authors"]["pred_activity"] == "3.00" and table["cg"]["true_activity"] == ""
+    assert len(list(csv.DictReader(Path("table/rows.csv").open()))) == 6
+    assert all(Path("table", name).stat().st_size > 5000 for name in ("score_likelihood.png", "rounds.png"))
+    Path("no").mkdir()
+    with pytest.raises(SystemExit, match="no is no finished run"):
+        run_file("benchmark/dna_table.py", "kl", "no")

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from PIL import Image
 
 import simpo_neg
@@ -104,3 +106,16 @@ def test_a_checkpoint_of_one_solver_draws_with_the_other(run_script, capsys):
     with pytest.raises(SystemExit) as end:
         run_script("simpo_neg", "--evaluate", run_dir, "--solver", "ddpm", "--diffusion-steps", 20)
     assert not end.value.code and "5 episodes" in capsys.readouterr().out
+
+
+def test_what_is_published_evaluates_alike(run_script, monkeypatch, capsys):
+    """benchmark/publish.py leaves the policy and the critics; its film, which needs a renderer, is left out here."""
+    run_dir = run_script("simpo_neg", *FLAGS, "--eval-every", 400)
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(run_dir), "small", "--seconds", "0"])
+    runpy.run_path(str(ROOT / "benchmark/publish.py"), run_name="__main__")
+    published = Path("small").resolve()
+    assert (published / "checkpoint.pt").stat().st_size < 0.7 * (run_dir / "checkpoint.pt").stat().st_size
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_script("simpo_neg", "--evaluate", published)
+    assert f"return {read_eval(run_dir)[-1]['mean']:.1f} +- " in capsys.readouterr().out

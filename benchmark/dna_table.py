@@ -1,0 +1,121 @@
+"""Table 3 whole: joins runs of dna_finetune.py, baselines/dna_guidance.py and baselines/drakes.py on the same models.
+
+    python benchmark/dna_table.py runs/simulated__* --out benchmark/dna/simulated
+
+Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), score_likelihood.png, and rounds.png: what
+the rewarding oracle says and what is true over the rounds of fine-tuning. A method's rows with the authors' lambdas are
+named so. Seconds are of the fine-tuning before and of one draw of the judged sequences, on the machine as it was.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+from scipy.stats import t as student_t
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLUMNS = {  # of the table: digits
+    **dict(pred_activity=2, reward_oracle=2, true_activity=2, kmer_correlation=2, log_likelihood=1),
+    **dict(distinct=3, distance=3, train_seconds=0, draw_seconds=0),
+}
+COLOURS = dict(zip("wd1 exp linear square lin-neg sqr-neg".split(), plt.cm.tab10.colors, strict=False))
+COLOURS |= dict(zip("cg smc tds cfg".split(), plt.cm.Greys(np.linspace(0.4, 0.9, 4)), strict=True))
+COLOURS |= {"pretrained": "black", "drakes": "tab:olive", "drakes-kl": "tab:cyan"}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[list[Path]]  # folders of the runs, with rows.csv, args.json and perhaps curves.csv
+    out: Path = Path("runs/dna_table")  # folder of the table and the pictures
+
+
+def read(folder):
+    """The rows and the curves of a run, methods named with their rule, numbers as floats; SystemExit if it has none."""
+    try:
+        authors = json.loads((folder / "args.json").read_text()).get("temperature_rule") == "authors"
+        tables = [list(csv.DictReader((folder / "rows.csv").open())), []]
+        if (folder / "curves.csv").exists():
+            tables[1] = list(csv.DictReader((folder / "curves.csv").open()))
+        for row in tables[0] + tables[1]:
+            row |= {key: float(x) for key, x in row.items() if key != "method" and x}
+            row["method"] += ", authors" if authors and row["method"] != "pretrained" else ""
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{folder} is no finished run: {error}") from None
+    rows, curves = tables
+    for row in rows:  # dna_finetune.py has the seconds of its fine-tuning in the curve
+        mine = [c["seconds"] for c in curves if (c["method"], c["seed"]) == (row["method"], row["seed"])]
+        row.setdefault("train_seconds", max(mine, default=0.0))
+    return rows, curves
+
+
+def interval(values):
+    """Mean and the ends of its 95% t-interval; nan where one value says nothing."""
+    mean, n = np.mean(values), len(values)
+    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return mean, mean - half, mean + half
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def colour(method):
+    return COLOURS[method.split(",")[0]]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    runs = [read(folder) for folder in args.runs]
+    rows = {(row["method"], row["seed"]): row for rows, _ in runs for row in rows}.values()  # pretrained only once
+    curves = [row for _, curves in runs for row in curves]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    table = []
+    for method in methods:
+        mine, line = [row for row in rows if row["method"] == method], dict(method=method)
+        line["seeds"] = " ".join(f"{row['seed']:g}" for row in mine)
+        for name, digits in COLUMNS.items():
+            values = [row[name] for row in mine if name in row]
+            if len(values) == len(mine) and not np.isnan(values).any():
+                mean, low, high = interval(values)
+                line[name] = f"{mean:.{digits}f}" + f" [{low:.{digits}f}, {high:.{digits}f}]" * (len(values) > 1)
+        table.append(line)
+        print("  ".join(f"{line.get(name, ''):>22}" for name in ("method", *COLUMNS)))
+    write(args.out / "table.csv", table)
+    write(args.out / "rows.csv", list(rows))
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        x, y = (np.array([row[name] for row in mine]) for name in ("log_likelihood", "pred_activity"))
+        marker = "s" if "authors" in method else "o"
+        axes.plot(x, y, marker, color=colour(method), alpha=0.4, markersize=4)
+        axes.plot(x.mean(), y.mean(), marker, color=colour(method), markersize=9, label=method)
+    axes.set(xlabel="log-likelihood under the pretrained model (ELBO, nats)", ylabel="Pred-Activity (large: mean)")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(args.out / "score_likelihood.png", dpi=120)
+
+    names = {"reward": "rewarding oracle, median", "true_activity": "true activity, median"}
+    names = {name: label for name, label in names.items() if any(name in row for row in curves)}
+    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained", squeeze=False)
+    for (name, label), ax in zip(names.items(), panels[0], strict=True):
+        for method in dict.fromkeys(row["method"] for row in curves if "step" in row and name in row):
+            mine = [row for row in curves if row["method"] == method]
+            steps = sorted({row["step"] for row in mine})
+            mean = [np.mean([row[name] for row in mine if row["step"] == step]) for step in steps]
+            style = "--" if "authors" in method else "-"
+            ax.plot(steps, mean, style, color=colour(method), label=method)
+        ax.set(xlabel="round (DRAKES: update)", ylabel=label)
+    if names:
+        panels[0, 0].legend(fontsize=7)
+        figure.savefig(args.out / "rounds.png", dpi=120)
