@@ -25,8 +25,8 @@ class Args:
     run: tyro.conf.Positional[Path]  # runs/<run_name> of simpo_exp.py, simpo_power.py or simpo_neg.py
     out: tyro.conf.Positional[Path]  # folder to write
     seconds: float = 6.0  # length of the film; 0: none
-    width: int = 200  # pixels of the film
-    height: int = 120
+    width: int = 320  # pixels of the film
+    height: int = 180
 
 
 def film(state, args):
@@ -64,6 +64,7 @@ if __name__ == "__main__":
         raise SystemExit(f"{args.run}/checkpoint.pt cannot be used: {str(error).splitlines()[0]}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {name: state[name] for name in ("script", "args", "global_step")}
+    kept["args"] = kept["args"] | dict(device="cpu")  # wherever it was trained
     kept |= {name: {key: x.clone() for key, x in state[name].items()} for name in ("policy", "critic")}
     torch.save(kept, args.out / "checkpoint.pt")
     for name in ("eval.csv", "learning_curve.png"):
