@@ -9,13 +9,15 @@ Install it in an environment of its own. For one thread, as in our runs, set
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1". Theirs is left as it is but for sizes, K,
 delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs. Here are
 5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
-10 episodes, the best of 10 draws. Writes step,mean,std,seconds.
+10 episodes, the best of 10 draws. Writes runs/ENVIRONMENT__gempo_jax__SEED__TIME/eval.csv, which stats.py takes, too.
 """
 
 import argparse
 import csv
+import json
 import sys
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +25,7 @@ import numpy as np
 parser = argparse.ArgumentParser()
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=30_000, num_particles=8, target_kl=0.7, hidden_dim=64)
-defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, output="curve.csv")
+defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4)
 for name, default in defaults.items():
     parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
 args = parser.parse_args()
@@ -66,7 +68,10 @@ def evaluate():
 
 obs, _ = envs.reset(seed=args.seed)
 envs.action_space.seed(args.seed)
-start, table = time.time(), csv.writer(open(args.output, "w", buffering=1))
+run_dir = Path(f"runs/{args.env_id}__gempo_jax__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+run_dir.mkdir(parents=True)
+(run_dir / "args.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "flow_rl"}, indent=2) + "\n")
+start, table = time.time(), csv.writer(open(run_dir / "eval.csv", "w", buffering=1))
 table.writerow(["step", "mean", "std", "seconds"])
 for step in range(0, args.total_timesteps, 5):
     if step < 5000:
