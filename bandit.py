@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 Figure = Annotated[str, "1, 2, 3 or all", ("1", "2", "3", "all").__contains__]
 Solver = Annotated[str, "dpm or ddpm", ("dpm", "ddpm").__contains__]
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
-Trials = Annotated[int, "at least 2", lambda n: n >= 2]
+Several = Annotated[int, "at least 2", lambda n: n >= 2]
 Seed = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
@@ -49,26 +49,26 @@ NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.
 @dataclass
 class Args:
     figure: Figure = "all"  # 1 (geometry of signed measures), 2 (escape), 3 (broad and sharp optima) or all
-    seeds: Trials = 30  # trials per method in figures 2 and 3
+    seeds: Several = 30  # trials per method in figures 2 and 3
     seed: Seed = 1  # first seed; trial i uses seed + i
     save_dir: Path = Path("runs/bandit")  # folder for the PNG and CSV files
 
     # SiMPO: the same for every method, but for epsilon
     epsilon: NonNegative = 0.3  # epsilon of Lin. Neg.: the largest negative weight, the floor of (11) is -epsilon
-    num_particles: Count = 32  # K: actions that share one normaliser nu
+    num_particles: Several = 32  # K: actions that share one normaliser nu
     groups: Count = 2  # groups of K actions drawn from the old policy per round
     target_kl: float = 1.5  # delta: target KL of the weights from uniform, in nats, in (30); must stay below log K
-    temperature: Positive = 0.1  # lambda at the start, in units of reward (r is in [0, 1]); (30) tunes it from there
+    temperature: Positive = 0.1  # lambda at the start, in units of reward (0 to 1); (30) tunes it, but in figure 1
     temperature_lr: Positive = 0.2  # step of log lambda per round, along the gradient of (30) divided by lambda
     min_temperature: Positive = 1e-4  # lower bound of lambda, in units of reward
-    particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, in units of action; not in regrets
+    particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions (paper: none), not in the regrets
     error_clip: Positive = 1000.0  # limit of a squared error of (7) over (pi/2)^2: how far case II pushes; paper: none
 
     # flow and optimisation
     rounds: Count = 80  # policy improvements; the old policy is refreshed at each
     updates: Count = 60  # Adam steps on (7) per round
-    lr: Positive = 3e-3  # learning rate of the policies at the start; falls linearly to a tenth
-    hidden_dim: Count = 32  # units of each of the 2 hidden layers
+    lr: Positive = 3e-3  # learning rate of the policies at the start; falls linearly to a tenth, in figure 1 to 0
+    hidden_dim: Count = 32  # units of each of the 2 hidden layers; 64 in figure 1
     solver: Solver = "dpm"  # dpm: DPM-Solver++(2M), all noise in a_1; ddpm: ancestral steps, for which 20 is usual
     diffusion_steps: Count = 8  # T: steps of the solver, and the times t_i that (7) is trained on
     action_bound: Positive = 3.0  # predicted a_0 are held in [-bound, bound] by the solver, in units of action
@@ -125,7 +125,7 @@ def reward(action, distance, height, width):
 def reweight(q, temperature, power, epsilon=0.0):
     """Weights w = g((q - nu) / temperature) of K actions, nu such that they average 1: (9), (11), appendix E.
 
-    g(y) = max(y, -epsilon) for power 1; max(y, 0)^2 for 2; exp(y), the limit of (1 + y/p)^p, for math.inf; no others.
+    g(y) = max(y, -epsilon) for power 1; max(y, 0)^2 for 2; exp(y) for math.inf; no others.
     q (..., K); temperature > 0, epsilon >= 0 numbers or (..., 1); returns weights (..., K), nu (..., 1) in q's dtype.
     """
     K = q.shape[-1]
@@ -165,11 +165,11 @@ def dual_step(log_temperature, weights, target_kl, lr):
 
 
 def noise_schedule(solver, steps):
-    """Times t_1 < ... < t_T = 1 and what takes a_t from t = t_i to u = t_{i-1}, with t_0 = 0: (T, 7) in float64.
+    """Times t_1 < ... < t_T = 1 and what takes a_t from t = t_i to u = t_{i-1}, with t_0 = 0: (T, 7), row i of t_{i+1}.
 
     Columns: t, alpha_t, sigma_t, from_t, from_0, extrapolate and std of
         a_u = from_t a_t + from_0 (a_0^ + extrapolate (a_0^ - a_0^ of the step before)) + std z,  z ~ N(0, 1).
-    dpm: DPM-Solver++(2M) (Lu et al. 2022) on t_i = (i/T)^2, deterministic; its first and last steps are of first order.
+    dpm: DPM-Solver++(2M) (Lu et al. 2022) on t_i = (i/T)^2; of first order in its first two and its last step.
     ddpm: ancestral steps on t_i = i/T with the variance of a_t given a_u as in the authors' code, not the posterior's.
     """
     t = (torch.arange(steps + 1, dtype=torch.float64) / steps) ** (2 if solver == "dpm" else 1)
@@ -229,7 +229,7 @@ class Policies:
 
     @torch.no_grad()
     def sample(self, noise, bound):
-        """Solves the flow from t = 1 to 0: noise (R, T, N), row 0 is a_1 and row i is z of step i -> actions (R, N)."""
+        """Solves the flow from t = 1 to 0: noise (R, T, N), row 0 is a_1, row i > 0 z of step i -> actions (R, N)."""
         noisy_action, action = noise[:, 0], 0.0
         for i in reversed(range(len(self.schedule))):
             _, alpha, sigma, from_t, from_0, extrapolate, std = self.schedule[i].tolist()
@@ -438,10 +438,11 @@ def figure_1(args):
     axes["a"].set_title(f"(a) target and generated density, $\\epsilon$ = {args.epsilon:g}")
 
     x = torch.linspace(-2.5, 2.5, 501, dtype=torch.float64)
-    for panel, near, line in (("b", 0.56, "-"), ("c", 0.25, "--")):
+    for panel, near, line in (("b", 0.56, "-"), ("c", 0.25, "--")):  # two of dpm's 8 times
         i = (policies.schedule[:, 0] - near).abs().argmin()
         t, learned = policies.schedule[i, 0].item(), []
-        for _, policies.parameters in snapshots:
+        for _, parameters in snapshots:
+            policies.parameters = parameters
             with torch.no_grad():
                 learned.append(policies.velocity(x.float().expand(2, -1), i)[0])
         best, expected_w = closed_form(x, t, grid, mass, w)

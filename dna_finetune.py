@@ -4,7 +4,8 @@
     python dna_finetune.py --data promoters.csv.gz --target activity --split-column start --seeds 3
 
 Round k draws K sequences x_0 from the model p_old, weighs them by w = g((r(x_0) - nu) / lambda), mean w = 1 (9), (11),
-and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). What is learned tends to p_old(x_0) w(x_0).
+and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). The minimiser gives letter v the chance
+E[w 1{x_0 = v}|x_t] / E[w|x_t] and draws p_old(x_0) w(x_0); where that is negative there is none (case II).
 Top to bottom: the masked diffusion model with its loss and its sampler; the weights; fine-tuning; then data, simulated
 or from a file; pretraining and the two oracles, one rewards and one only judges; the table; files; the run.
 """
@@ -89,9 +90,9 @@ class Args:
     methods: Methods = get_args(Method)  # weightings to fine-tune with
     epsilon: NonNegative = 0.5  # epsilon: no weight of lin-neg and sqr-neg is below -epsilon, the floor of (11)
     num_particles: Several = 64  # K: sequences that share one normaliser nu, drawn per round
-    temperature_rule: Literal["kl", "authors"] = "kl"  # lambda where (30) comes to rest, or as in the authors' code
-    target_kl: float = 1.5  # delta: KL of the weights from uniform, in nats, which lambda meets
-    temperature: NonNegative = 0.0  # lambda in standard deviations of the K rewards; 0: chosen by --target-kl
+    temperature_rule: Literal["kl", "authors"] = "kl"  # lambda where (30) comes to rest, or of the authors' code
+    target_kl: float = 1.5  # delta: KL of the weights from uniform, in nats, which lambda meets; rule kl
+    temperature: NonNegative = 0.0  # lambda in standard deviations of the K rewards; 0: by --target-kl; rule kl
     rounds: Count = 25  # improvements of the policy; each draws K sequences
     updates: Count = 4  # Adam steps per round, on the same sequences with new masks
     elbo_draws: Count = 2  # masked copies of each sequence per Adam step
@@ -233,15 +234,11 @@ def reweight(q, temperature, power, epsilon):
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
     s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)
     if power == 1:
-        active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25)
+        active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25), with the floor
         y_max = (K + (K - k) * epsilon + s1) / k  # (24), with k of the K actions above the floor
-        y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
-        weights = g(y_max - gap)
     elif power == 2 and epsilon == 0:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
-        y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
-        weights = g(y_max - gap)
     else:  # no closed form; the mean weight grows with the largest, which is in [1, K + (K - 1) epsilon]: bisect it
         low, high = torch.ones_like(q_max), torch.full_like(q_max, K + (K - 1) * epsilon)
         for _ in range(60):
@@ -251,8 +248,9 @@ def reweight(q, temperature, power, epsilon):
         y_max = low ** (1 / power)
         below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # neighbours, yet apart for small powers
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
-        weights = below.lerp(above, share.clamp(0, 1))
-    return weights.to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
+        return below.lerp(above, share.clamp(0, 1)).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
+    y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
+    return g(y_max - gap).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
 
 
 def weigh(method, q, temperature, epsilon):
@@ -269,7 +267,7 @@ def weigh(method, q, temperature, epsilon):
 
 @torch.no_grad()
 def solve_temperature(method, q, args):
-    """lambda (..., 1) for which the KL of the weights from uniform is delta: where (30) comes to rest.
+    """lambda (..., 1) for which the KL of the weights from uniform is delta, where (30) comes to rest; or the flag's.
 
     As in appendix G the entropy is that of the clipped weights; for wd1, that of its first softmax.
     """
@@ -299,7 +297,7 @@ def weigh_as_authors(method, q, epsilon):
 
 
 def finetune(pretrained, oracle, length, method, seed, args, judges):
-    """The pretrained denoiser tuned by one method for the oracle's activity; what its file holds.
+    """The pretrained denoiser tuned by one method for the oracle's activity -> the content of its file.
 
     The curve has one row per round; judges, functions of x (K, L) by name, are only looked at there.
     """
@@ -348,7 +346,7 @@ def check_finite(where, **quantities):
     for name, value in quantities.items():
         if not value.isfinite().all():
             raise SystemExit(
-                f"stopped at {where}: {name} not finite; a smaller --epsilon, --lr or --grad-norm may help"
+                f"stopped at {where}: {name} not finite; a smaller learning rate, --epsilon or --grad-norm may help"
             )
 
 
@@ -477,7 +475,7 @@ def cosine(share):
 
 
 def pretrain(x, args):
-    """A denoiser trained on x (N, L); what its file holds: the averaged weights, and the loss every 20 steps."""
+    """A denoiser trained on x (N, L) -> the content of its file: the averaged weights, and the loss every 20 steps."""
     torch.manual_seed(args.seed)
     denoiser, curve = Denoiser(args.width, args.stacks).to(x.device), []
     average = copy.deepcopy(denoiser).requires_grad_(False)
@@ -722,6 +720,8 @@ if __name__ == "__main__":
         open_x, open_y = read_table("--accessibility", args.accessibility, [args.accessibility_column])
         if open_x.shape[1] != length:
             raise SystemExit(f"--accessibility {args.accessibility}: {open_x.shape[1]} bases, the data has {length}")
+        if not torch.isin(open_y, torch.tensor([0.0, 1.0])).all():
+            raise SystemExit(f"--accessibility {args.accessibility}: {args.accessibility_column} must be 0 or 1")
         data["accessibility"] = open_x, open_y[:, 0], [sha256(args.accessibility), args.accessibility_column]
         files["accessibility"] = ""
     kinds = dict.fromkeys(files, "oracle") | {"pretrained": "denoiser"}

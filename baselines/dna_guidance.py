@@ -140,7 +140,7 @@ def draw(denoiser, oracle, count, length, steps, generator, gamma=None, alpha=No
         hot = one_hot(x, 5).requires_grad_(gamma is not None)  # (B, L, 5)
         with torch.set_grad_enabled(gamma is not None):
             log_p = denoiser(hot)  # (B, L, 4)
-            x0 = hot[..., :4] + hot[..., 4:] * log_p.exp()  # f(x_t), linear in each position's one-hot
+            x0 = hot[..., :4] + hot[..., 4:] * log_p.exp()  # f(x_t); its gradient goes through p_theta, too
             slope = torch.zeros_like(hot)
             if gamma is not None and left:
                 (g,) = torch.autograd.grad(oracle(x0).sum(), hot)

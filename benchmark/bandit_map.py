@@ -41,7 +41,7 @@ LABELS = {
 @dataclass
 class Args(bandit.Args):
     figure: tyro.conf.Suppress[bandit.Figure] = "all"
-    seeds: bandit.Trials = 12  # trials per method and setting
+    seeds: bandit.Several = 12  # trials per method and setting
     save_dir: Path = Path("runs/bandit_map")  # folder for the PNG and CSV files
 
 

@@ -91,6 +91,8 @@ def test_files_that_are_no_model_or_no_table_get_one_line(run_script, tmp_path):
     refuses(run_script, "oracle.pt cannot be used", "--reward-oracle", tmp_path / "oracle.pt", "--simulated-length", 20)
     table = write_table(tmp_path / "open.csv", ["seq,hepg2", "ACGT,1"])
     refuses(run_script, "4 bases, the data has 60", "--accessibility", table)
+    table = write_table(tmp_path / "open.csv", ["seq,hepg2", f"{'ACGT' * 15},1", f"{'ACGT' * 15},-1"])
+    refuses(run_script, "hepg2 must be 0 or 1", "--accessibility", table)
 
 
 class Malicious:
