@@ -239,17 +239,17 @@ def reweight(q, temperature, power, epsilon):
     elif power == 2 and epsilon == 0:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
-    else:  # no closed form; the mean weight grows with the largest, which is in [1, K + (K - 1) epsilon]: bisect it
+    else:  # no closed form: bisect the largest weight w_max = y_max^p, in [1, K + (K - 1) epsilon]
         low, high = torch.ones_like(q_max), torch.full_like(q_max, K + (K - 1) * epsilon)
         for _ in range(60):
-            middle = (low + high) / 2
-            too_high = g(middle ** (1 / power) - gap).mean(-1, keepdim=True) > 1
-            low, high = torch.where(too_high, low, middle), torch.where(too_high, middle, high)
+            w_max = (low + high) / 2
+            too_high = g(w_max ** (1 / power) - gap).mean(-1, keepdim=True) > 1
+            low, high = torch.where(too_high, low, w_max), torch.where(too_high, w_max, high)
         y_max = low ** (1 / power)
-        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # neighbours, yet apart for small powers
+        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # one bit of w_max apart: far for a small p
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
         return below.lerp(above, share.clamp(0, 1)).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
-    y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
+    y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)  # at the largest active k: these come first
     return g(y_max - gap).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
 
 

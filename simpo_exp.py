@@ -60,11 +60,11 @@ class Args:
     temperature_lr: Positive = 3e-3  # learning rate of log lambda
     old_policy_interval: Count = 1000  # updates between two refreshes of the frozen old policy pi_old
     particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, in units of half the action range
-    error_clip: Positive = 5.0  # limit of a squared velocity error of (7) over (pi/2)^2, per dimension; bounds case II
+    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2, whatever its weight; bounds case II
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
-    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
+    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
@@ -92,7 +92,7 @@ class Args:
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):
-        """Raises SystemExit with one line for the first argument that makes no sense."""
+        """Fills in diffusion_steps; SystemExit with one line for the first argument that makes no sense."""
         self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         log_k = math.log(max(self.num_particles, 1))
@@ -141,7 +141,7 @@ class DiffusionPolicy(nn.Module):
         self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** (2 if solver == "dpm" else 1)  # dpm: denser near 0
         alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
-        # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
+        # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d made from the predicted a_0.
         alpha_u, sigma_u, alpha, sigma, t = alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], t[1:]  # (T,)
         if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
             variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
@@ -150,8 +150,8 @@ class DiffusionPolicy(nn.Module):
         else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
-            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite from t = 1 and to u = 0
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h over twice the step before's; 0 if one is infinite
+            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # before step i comes i + 1; 0 if one h is infinite
         self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
@@ -177,7 +177,8 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, action, weights, t, noise, error_clip):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        embedding = obs_embedding + F.one_hot(t, len(time_embedding)).float() @ time_embedding  # (B, K, H)
+        one_hot = F.one_hot(t, len(time_embedding)).float()  # time_embedding[t] would add up gradients in any order
+        embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
         alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - target).square()
@@ -187,7 +188,7 @@ class DiffusionPolicy(nn.Module):
     def denoise(self, obs, noise):
         """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        action, action_0_before = noise[0], 0.0
+        action, action_0_before = noise[0], 0.0  # noise[0] is free for it: step 0 adds none
         for i in reversed(range(len(time_embedding))):
             alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
             velocity = self.velocity(action, obs_embedding + time_embedding[i])
@@ -355,7 +356,7 @@ if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
     renderer = "egl" if sys.platform == "linux" else "glfw"
     os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
@@ -364,7 +365,7 @@ if __name__ == "__main__":
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
 
-    # Environments, networks, temperature, optimisers, replay buffer.
+    # Environments, networks, temperature, optimisers.
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks
@@ -378,14 +379,13 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(groups, lr=args.policy_lr, fused=True)
     parts = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
     parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
     episode = np.full(args.num_envs, -1)  # which one runs in each environment
 
     def reset(which):
-        """Starts the next episode where `which` (num_envs,) says so, from a seed made of the run's and its number."""
+        """Starts the next episode where `which` (num_envs,) says so, seeded by run, environment and episode number."""
         episode[which] += 1
-        seeds = [np.random.SeedSequence([args.seed, i, k]).generate_state(1)[0] for i, k in enumerate(episode)]
+        seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
     if args.evaluate:
@@ -395,7 +395,8 @@ if __name__ == "__main__":
         print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
         raise SystemExit
 
-    # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
+    # Replay buffer. Everything as the checkpoint has it; the running episodes' actions lead back to where they were.
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -503,7 +504,7 @@ if __name__ == "__main__":
             critic_loss.backward()
             critic_optimizer.step()
 
-            # K actions per state from the frozen old policy, and their values.
+            # K actions per state from the frozen old policy, with noise, and their values: the mean of both critics.
             particles = old_policy.sample(batch_obs, K, generator)  # (B, K, A)
             particles += args.particle_noise * torch.randn(particles.shape, generator=generator, device=device)
             particles.clamp_(-1, 1)
@@ -511,7 +512,7 @@ if __name__ == "__main__":
                 particle_q = torch.cat(list(map(critic, batch_obs.split(block), particles.split(block))), dim=1).mean(0)
             check_finite(critic_loss=critic_loss, q=particle_q)
 
-            # Their weights (9). lambda starts where the first ones are next to the target KL.
+            # Their weights (9). lambda starts where the KL of the first ones is nearest to the target.
             if num_updates == 0 and args.temperature == 0:
                 grid = torch.logspace(-8, 8, 161, device=device)
                 weights, _ = reweight(particle_q, grid[:, None, None])  # (161, B, K)
@@ -519,12 +520,12 @@ if __name__ == "__main__":
             temperature = log_temperature.detach().exp()
             weights, _ = compiled_reweight(particle_q, temperature)
 
-            # Policy: weighted velocity matching (7) on all K actions, one time and one noise each.
+            # Policy: weighted velocity matching (7) on all K actions, one of the solver's T times and one noise each.
             t = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
             noise = torch.randn(particles.shape, generator=generator, device=device)
             policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
 
-            # Temperature: the dual loss (30); its gradient moves log lambda, so that lambda stays positive.
+            # Temperature: Adam on log lambda (lambda > 0) with the gradient of (30) in lambda; its value is not (30).
             temperature_loss = log_temperature * (args.target_kl - kl(weights))
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
             optimizer.zero_grad()
@@ -532,7 +533,7 @@ if __name__ == "__main__":
             frac = min(global_step / args.total_timesteps, 1)
             optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
             optimizer.step()
-            log_temperature.data.clamp_(min=-20)  # ties at the bounds of the actions can keep the KL below any target
+            log_temperature.data.clamp_(min=-20)  # if most actions tie at the bounds, no lambda reaches target_kl
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
@@ -553,7 +554,6 @@ if __name__ == "__main__":
                 "weights/share_negative": (weights < 0).float().mean(),
                 "weights/negative_mass": weights.clamp(max=0).abs().mean(),
                 "weights/max": weights.amax(-1).mean(),
-                "policy/action_spread": particles.std(1).mean(),
                 "speed/steps_per_second": global_step / (time.time() - start),
             }
             for name, value in scalars.items():

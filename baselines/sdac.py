@@ -74,7 +74,7 @@ class Args:
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
-    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 for dpm, 20 for ddpm
+    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
@@ -102,7 +102,7 @@ class Args:
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):
-        """Raises SystemExit with one line for the first argument that makes no sense."""
+        """Fills in diffusion_steps; SystemExit with one line for the first argument that makes no sense."""
         self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
@@ -149,7 +149,7 @@ class DiffusionPolicy(nn.Module):
         self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** (2 if solver == "dpm" else 1)  # dpm: denser near 0
         alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
-        # One step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, with d the predicted a_0.
+        # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d made from the predicted a_0.
         alpha_u, sigma_u, alpha, sigma, t = alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], t[1:]  # (T,)
         if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
             variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
@@ -158,8 +158,8 @@ class DiffusionPolicy(nn.Module):
         else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
-            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite from t = 1 and to u = 0
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h over twice the step before's; 0 if one is infinite
+            h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # before step i comes i + 1; 0 if one h is infinite
         self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
@@ -185,7 +185,8 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, action, weights, t, noise, error_clip):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        embedding = obs_embedding + F.one_hot(t, len(time_embedding)).float() @ time_embedding  # (B, K, H)
+        one_hot = F.one_hot(t, len(time_embedding)).float()  # time_embedding[t] would add up gradients in any order
+        embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
         alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - target).square()
@@ -195,7 +196,7 @@ class DiffusionPolicy(nn.Module):
     def denoise(self, obs, noise):
         """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        action, action_0_before = noise[0], 0.0
+        action, action_0_before = noise[0], 0.0  # noise[0] is free for it: step 0 adds none
         for i in reversed(range(len(time_embedding))):
             alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
             velocity = self.velocity(action, obs_embedding + time_embedding[i])
@@ -358,7 +359,7 @@ if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
     renderer = "egl" if sys.platform == "linux" else "glfw"
     os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
-    torch.compiler.set_stance("default" if args.compile else "force_eager")
+    torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
@@ -367,7 +368,7 @@ if __name__ == "__main__":
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
 
-    # Environments, networks, optimisers, replay buffer.
+    # Environments, networks, optimisers.
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed)  # the networks
@@ -379,14 +380,13 @@ if __name__ == "__main__":
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
     parts = dict(policy=policy, critic=critic, critic_target=critic_target)
     parts |= dict(critic_optimizer=critic_optimizer, optimizer=optimizer)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     global_step, num_updates, evaluations, start, critic_loss = 0, 0, [], time.time(), None
     episode = np.full(args.num_envs, -1)  # which one runs in each environment
 
     def reset(which):
-        """Starts the next episode where `which` (num_envs,) says so, from a seed made of the run's and its number."""
+        """Starts the next episode where `which` (num_envs,) says so, seeded by run, environment and episode number."""
         episode[which] += 1
-        seeds = [np.random.SeedSequence([args.seed, i, k]).generate_state(1)[0] for i, k in enumerate(episode)]
+        seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
     if args.evaluate:
@@ -396,7 +396,8 @@ if __name__ == "__main__":
         print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
         raise SystemExit
 
-    # Everything as the checkpoint has it; the actions of the running episodes lead back to where they were.
+    # Replay buffer. Everything as the checkpoint has it; the running episodes' actions lead back to where they were.
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])

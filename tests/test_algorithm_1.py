@@ -14,7 +14,7 @@ import simpo_neg
 
 LOGGED = {
     *("loss/critic", "loss/policy", "q/mean", "q/particle_spread", "weights/temperature", "weights/kl"),
-    *("weights/share_negative", "weights/negative_mass", "weights/max", "policy/action_spread"),
+    *("weights/share_negative", "weights/negative_mass", "weights/max"),
     *("speed/steps_per_second", "train/return", "eval/return"),
 }
 LEARN = "--env-id small_envs:PointMass-v0 --learning-starts 400 --steps-per-update 2"

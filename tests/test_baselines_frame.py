@@ -111,7 +111,7 @@ def main_blocks(script):
         ("# Arguments. --resume", " critic_lr"),
         ("changed = [", "# The machine."),
         ("# The machine.", "# Environments, networks"),
-        ("def reset(which)", "# Everything as the checkpoint"),
+        ("def reset(which)", "# Replay buffer."),
         ("global_step, num_updates, evaluations = saved", "if not np.array_equal(obs, saved"),
         ("# The run's directory and logs.", "def checkpoint"),
         ("# Evaluate, when due", "# Act with"),
