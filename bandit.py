@@ -428,12 +428,12 @@ def figure_1(args):
     curve("a", grid[::5], pi_old[::5], r"old policy $\pi_{old}$", color="grey", linestyle="--")
     curve("a", grid[::5], (w * pi_old)[::5], r"signed target $w\,\pi_{old}$", color="black")
     positive_part /= (positive(grid) * mass).sum()
-    curve("a", grid[::5], positive_part[::5], "its positive part, normalised", color="#0072B2")
+    curve("a", grid[::5], positive_part[::5], "positive part of the target, normalised", color="#0072B2")
     for x, label, colour in zip(draws, ("signed target", "positive part"), ("#D55E00", "#56B4E9"), strict=True):
         density, edges = np.histogram(x, bins=100, range=(-4, 4), density=True)
         middles = (edges[1:] + edges[:-1]) / 2
         curve("a", middles, density, f"generated, fitted to the {label}", color=colour, drawstyle="steps-mid")
-    axes["a"].fill_between(grid, w * pi_old, 0, where=w < 0, color="grey", alpha=0.4, label="its negative part")
+    axes["a"].fill_between(grid, w * pi_old, 0, where=w < 0, color="grey", alpha=0.4, label="negative part")
     axes["a"].set(xlabel="action $a$", ylabel="density", xlim=(-2.5, 2.5))
     axes["a"].set_title(f"(a) target and generated density, $\\epsilon$ = {args.epsilon:g}")
 
@@ -507,7 +507,7 @@ def figure_2(args):
         plot_regret(top, method, regret[m])
         plot_regret(axes[1, 0], method, regret[m], trial_lines=False)
         top.axhline(1 - ESCAPE.height, color="black", linewidth=0.8, linestyle=":")
-        top.set_title(f"{method}: {summary[m]['reached']} of {args.seeds} reach $a^*$")
+        top.set_title(f"{method}: {summary[m]['reached']} of {args.seeds} beat the lesser optimum")
         end = dict(color=COLOURS[method], linewidth=1.5)
         stages = ("start", 0, start), ("middle", args.rounds // 2, middle), ("end", args.rounds, end)
         for stage, k, style in stages:

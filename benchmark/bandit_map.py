@@ -1,6 +1,6 @@
 """Where the claims of Figures 2 and 3 hold: python benchmark/bandit_map.py [bandit.py's flags]
 
-escape_map: share of trials that reach the greater optimum, from the lesser one as in Figure 2, over the distance of the
+escape_map: share of trials that end better than the lesser optimum, where they start (Figure 2), over distance of the
 optima and epsilon, and over one other setting at a time. sweeps: regret on broad and sharp optima as in Figure 3, over
 width, height and target KL. The paper has neither. PNG and CSV files go to --save-dir, by default runs/bandit_map.
 """
@@ -58,7 +58,7 @@ def plot_sweeps(axes, name, base, sweeps, methods, quantity, args):
         for m, method in enumerate(methods):
             mine = [r for r in rows if r["method"] == method and r["setting"].startswith(f"{name}{field} =")]
             y, low, high = (np.array([r[quantity + end] for r in mine]) for end in ("", "_low", "_high"))
-            x = np.array(values) * (1 + 0.02 * (m - 1))  # side by side
+            x = np.array(values) * (1 + 0.01 * (m - 1))  # side by side
             style = dict(color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2)
             ax.errorbar(x, y, np.maximum([y - low, high - y], 0), label=method, **style)
         ax.set_xlabel(LABELS[field])
@@ -81,10 +81,10 @@ def escape_map(args):
     ax.set_xticks(range(len(COLUMNS)), [f"{epsilon:g}" if epsilon else method for method, epsilon in COLUMNS])
     ax.set_yticks(range(len(DISTANCES)), DISTANCES)
     ax.set(xlabel=r"method; numbers: Lin. Neg. with this $\epsilon$", ylabel=LABELS["distance"])
-    figure.colorbar(image, ax=ax, label="share of trials that reach $a^*$")
+    figure.colorbar(image, ax=ax, label="share of trials that beat the lesser optimum")
     summary += plot_sweeps(axes.values(), "", ESCAPE, OTHERS, METHODS, "share", args)
     for ax in axes.values():
-        ax.set(ylabel="share that reach $a^*$", ylim=(-0.05, 1.05))
+        ax.set(ylabel="share that beat the lesser", ylim=(-0.05, 1.05))
     axes["e"].set_xscale("log")
     axes["a"].legend(fontsize=8)
     bandit.save(args, "escape_map", figure, summary)
