@@ -117,5 +117,5 @@ if __name__ == "__main__":
             ax.plot(steps, mean, style, color=colour(method), label=method)
         ax.set(xlabel="round (DRAKES: update)", ylabel=label)
     if names:
-        panels[0, 0].legend(fontsize=7)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
         figure.savefig(args.out / "rounds.png", dpi=120)
