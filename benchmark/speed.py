@@ -77,7 +77,8 @@ def measure(args, obs_dim, action_dim):
 
     @torch.no_grad()
     def values():
-        return critic(obs, particles).mean(0)
+        block = max(1, 2048 // K) if device.type == "cpu" else B  # as in simpo_neg.py
+        return torch.cat(list(map(critic, obs.split(block), particles.split(block))), dim=1).mean(0)
 
     def critic_step():
         loss = (critic(obs, particles[:, :1])[..., 0] - target_q).square().mean()
@@ -130,7 +131,7 @@ def scaling(args, obs_dim, action_dim):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    args.diffusion_steps = args.diffusion_steps or simpo.Args(solver=args.solver).diffusion_steps
+    args.diffusion_steps = args.diffusion_steps or {"dpm": 8, "ddpm": 20}[args.solver]
     gym.logger.min_level = gym.logger.ERROR
     envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args)] * 5)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
