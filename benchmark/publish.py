@@ -9,10 +9,12 @@ policy.gif shows the start of an episode, acting as in evaluation, in real time,
 import importlib
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import torch
 import tyro
 from PIL import Image
@@ -34,6 +36,7 @@ def film(state, args):
     script = importlib.import_module(state["script"])
     settings = script.Args(**state["args"] | dict(device="cpu"))
     torch.compiler.set_stance("force_eager")
+    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT
     size = dict(width=args.width, height=args.height)
     env = gym.make(settings.env_id, render_mode="rgb_array", camera_name="track", **size)
     dims = env.observation_space.shape[0], env.action_space.shape[0], settings.hidden_dim
@@ -64,7 +67,7 @@ if __name__ == "__main__":
         raise SystemExit(f"{args.run}/checkpoint.pt cannot be used: {str(error).splitlines()[0]}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {name: state[name] for name in ("script", "args", "global_step")}
-    kept["args"] = kept["args"] | dict(device="cpu")  # wherever it was trained
+    kept["args"] = kept["args"] | dict(device="cpu", compile=False)  # runs anywhere, at once
     kept |= {name: {key: x.clone() for key, x in state[name].items()} for name in ("policy", "critic")}
     torch.save(kept, args.out / "checkpoint.pt")
     for name in ("eval.csv", "learning_curve.png"):
