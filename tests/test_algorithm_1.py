@@ -42,12 +42,15 @@ def lin_neg(q, temperature, epsilon):
     return np.maximum((q - nu) / temperature, -epsilon)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0])
-def test_three_updates_by_hand(run_script, temperature):
-    """Every network after three updates is what Algorithm 1 makes of the same transitions and random numbers."""
+@pytest.mark.parametrize("temperature, B", [(0.01, 32), (0, 32), (0.01, 300)])
+def test_three_updates_by_hand(run_script, temperature, B):
+    """Every network after three updates is what Algorithm 1 makes of the same transitions and random numbers.
+
+    With 300 states the critics value the K actions in two blocks, of 256 and 44 states.
+    """
     flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 50 --old-policy-interval 2 --eval-every 0"
     flags += " --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02"
-    flags += f" --temperature {temperature} --temperature-lr 0.2"
+    flags += f" --temperature {temperature} --temperature-lr 0.2 --batch-size {B}"
     result = read_checkpoint(run_script("simpo_neg", *SMALL, *flags.split()))
     rows = result["rows"]
     torch.manual_seed(1)
@@ -63,11 +66,11 @@ def test_three_updates_by_hand(run_script, temperature):
     for step in (40, 45, 50):
         action = policy.sample(rows[step - 5 : step, :3], 1, generator)[:, 0]  # acting: pi, not pi_old
         torch.testing.assert_close(action, rows[step - 5 : step, 6:7], rtol=1e-3, atol=1e-4)
-        batch = rows[torch.randint(step, (32,), generator=generator)]
+        batch = rows[torch.randint(step, (B,), generator=generator)]
         obs, next_obs, action, reward, terminated = batch.split([3, 3, 1, 1, 1], dim=1)
 
         with torch.no_grad():
-            next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, 32)
+            next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, B)
         target = reward[:, 0] + 0.99 * (1 - terminated[:, 0]) * torch.minimum(next_q[0], next_q[1])
         first, second = critic(obs, action[:, None])[..., 0]
         critic_adam.zero_grad()
@@ -75,7 +78,7 @@ def test_three_updates_by_hand(run_script, temperature):
         critic_adam.step()
 
         particles = old_policy.sample(obs, 8, generator)
-        particles = (particles + 0.5 * torch.randn(32, 8, 1, generator=generator)).clip(-1, 1)
+        particles = (particles + 0.5 * torch.randn(B, 8, 1, generator=generator)).clip(-1, 1)
         with torch.no_grad():
             q = critic(obs, particles).double().sum(0).numpy() / 2
 
@@ -87,7 +90,7 @@ def test_three_updates_by_hand(run_script, temperature):
         weights = lin_neg(q, log_temperature.exp().item(), 0.5)
         assert (weights < 0).any()
 
-        t, noise = torch.randint(5, (32, 8), generator=generator), torch.randn(32, 8, 1, generator=generator)
+        t, noise = torch.randint(5, (B, 8), generator=generator), torch.randn(B, 8, 1, generator=generator)
         angle = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2
         states, times = policy.embed(obs)
         predicted = policy.velocity(angle.cos() * particles + angle.sin() * noise, states + times[t])
