@@ -507,7 +507,7 @@ def figure_2(args):
         plot_regret(top, method, regret[m])
         plot_regret(axes[1, 0], method, regret[m], trial_lines=False)
         top.axhline(1 - ESCAPE.height, color="black", linewidth=0.8, linestyle=":")
-        top.set_title(f"{method}: {summary[m]['reached']} of {args.seeds} end below the line")
+        top.set_title(f"{method}: {summary[m]['reached']}/{args.seeds} below line")
         end = dict(color=COLOURS[method], linewidth=1.5)
         stages = ("start", 0, start), ("middle", args.rounds // 2, middle), ("end", args.rounds, end)
         for stage, k, style in stages:
