@@ -361,9 +361,9 @@ if __name__ == "__main__":
 
     # The machine.
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
-    renderer = "egl" if sys.platform == "linux" else "glfw"
-    os.environ.setdefault("MUJOCO_GL", renderer if args.capture_video else "disable")  # only videos are rendered
+    os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw") if args.capture_video else "disable")
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
+    torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:

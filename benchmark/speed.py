@@ -155,7 +155,7 @@ if __name__ == "__main__":
     acting = milliseconds(act, device, args.repeats)  # five environments at once, so the five steps of one update
     parts, bound = measure(args, obs_dim, action_dim)
     update = sum(parts.values())
-    for name, value in {"5 environment steps": acting, **parts, "one update": update}.items():
+    for name, value in {"5 environment steps": acting, **parts, "all parts": update}.items():
         print(f"{name:32s} {value:8.2f} ms")
     print(f"{'its hidden products alone':32s} {bound:8.2f} ms, measured on this machine just before")
     print(f"{'share of that peak':32s} {bound / update:8.0%}")

@@ -1,0 +1,54 @@
+"""Milliseconds per update of a training as it runs: its environments, its update and its logs, without evaluations.
+
+    python benchmark/train_speed.py simpo_neg.py baselines/qsm.py
+    OMP_NUM_THREADS=1 python benchmark/train_speed.py "simpo_neg.py num-particles=8" --frame "hidden-dim=64 batch-size=64"
+
+Flags of one script, or in --frame of all, are written as in sweep.py. speed.py times the parts of an update one by one,
+with warm caches, so that they add up to less.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    scripts: tyro.conf.Positional[list[str]] = field(default_factory=lambda: ["simpo_neg.py"])  # each with its flags
+    env_id: str = "HalfCheetah-v4"
+    frame: str = ""  # flags that all scripts get
+    steps_per_update: int = 5  # environment steps per update
+    updates: int = 1000  # timed updates, in twenty parts, of which the median is printed; as many come before
+
+
+def milliseconds(script, args):
+    """Trains in a folder that goes away -> milliseconds per update, median over parts of the training's second half.
+
+    Raises SystemExit with the last line of what the script said, if it failed.
+    """
+    path, *flags = script.split()
+    part = -(-args.updates * args.steps_per_update // 100) * 5  # environment steps, a multiple of 5 environments
+    steps = dict(learning_starts=1000, total_timesteps=1000 + 40 * part, log_every=part, eval_every=0)
+    own = dict(env_id=args.env_id, steps_per_update=args.steps_per_update) | steps
+    command = [sys.executable, Path(path).resolve(), *(f"--{name.replace('_', '-')}={own[name]}" for name in own)]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [f"--{flag}" for flag in [*args.frame.split(), *flags]]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(f"{path}: {(run.stderr or run.stdout).strip().splitlines()[-1]}")
+        events = EventAccumulator(str(*Path(folder).glob("runs/*"))).Reload().Scalars("loss/critic")
+    times = [event.wall_time for event in events][-21:]
+    return 1e3 * args.steps_per_update / part * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    print(f"{args.env_id}, {args.steps_per_update} environment steps per update, {args.frame or 'default sizes'}")
+    for script in args.scripts:
+        print(f"{script:50s} {milliseconds(script, args):8.2f} ms per update", flush=True)
