@@ -65,9 +65,9 @@ class Args:
     models: File = ""  # models.json of a run of dna_finetune.py, args.json beside it; empty: of the newest in runs/
 
     # guidance; several values: the best by the rewarding oracle is taken
-    gamma: NonNegatives = (1, 3, 10, 30)  # gamma of cg and tds, per unit of reward
-    alpha: Positives = (0.03, 0.1, 0.3, 1)  # alpha of smc and tds, temperature in units of reward
-    w: NonNegatives = (0, 1, 3, 10)  # w of cfg; 0: the conditional model
+    gamma: NonNegatives = (3, 10, 30, 100)  # gamma of cg and tds, per unit of reward
+    alpha: Positives = (0.01, 0.03, 0.1, 0.3)  # alpha of smc and tds, temperature in units of reward
+    w: NonNegatives = (1, 3, 10, 30)  # w of cfg; 0: the conditional model
     num_particles: Several = 64  # K: sequences that are drawn, and resampled, side by side
     tuning_samples: Several = 128  # sequences that are drawn to judge one setting
 

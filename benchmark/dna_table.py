@@ -25,7 +25,7 @@ COLUMNS = {  # of the table: digits
     **dict(distinct=3, distance=3, train_seconds=0, draw_seconds=0),
 }
 COLOURS = dict(zip("wd1 exp linear square lin-neg sqr-neg".split(), plt.cm.tab10.colors, strict=False))
-COLOURS |= dict(zip("cg smc tds cfg".split(), plt.cm.Greys(np.linspace(0.4, 0.9, 4)), strict=True))
+COLOURS |= {"cfg": "tab:pink", "cg": "tab:gray", "smc": "gold", "tds": "navy"}
 COLOURS |= {"pretrained": "black", "drakes": "tab:olive", "drakes-kl": "tab:cyan"}
 
 

@@ -1,7 +1,11 @@
 """Means and paired differences of the small frame's last evaluations, with 95% t-intervals: mujoco/small_frame.csv.
 
-python benchmark/small_frame.py                      # the tables of benchmark/README.md
-python benchmark/small_frame.py --env-id Hopper-v4
+    python benchmark/small_frame.py                                               # the tables of benchmark/README.md
+    python benchmark/small_frame.py --csv benchmark/mujoco/small_frame_30k.csv    # those of 30,000 steps
+    python benchmark/small_frame.py --runs runs/baselines                         # makes the file from a sweep first
+
+mujoco/cost.csv has the milliseconds per update, by train_speed.py on one core; with it, the returns at equal computing
+time, evaluations left out, are printed, and drawn beside the ones at equal steps: mujoco/small_frame.png.
 """
 
 import csv
@@ -12,13 +16,37 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
+
+HERE = Path(__file__).parent / "mujoco"
+OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 
 
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"
-    csv: Path = Path(__file__).parent / "mujoco/small_frame.csv"  # script, flags, env_id, seed, step, mean, std
+    csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
+    cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
+    learning_starts: int = 5_000  # environment steps before the first update; then there is one for each
+    runs: Path | None = None  # a sweep's --out: its finished runs become --csv
+
+
+def label(script, flags):
+    """A method's name: the script with the flags that it does not have from the frame."""
+    return " ".join([script, *(flag for flag in flags.split() if flag not in OURS)])
+
+
+def export(runs, path):
+    """Writes every evaluation of a sweep's finished runs, SCRIPT/ENVIRONMENT/FLAGS/SEED below runs, to path."""
+    rows = []
+    for finished in runs.glob("*/*/*/*/finished"):
+        script, env_id, flags, seed = finished.parts[-5:-1]
+        (evaluations,) = finished.parent.glob("runs/*/eval.csv")
+        for row in csv.DictReader(evaluations.open()):
+            rows.append((label(script, flags), env_id, int(seed), int(row["step"]), round(float(row["mean"]), 3)))
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *sorted(rows)])
 
 
 def mean(values):
@@ -29,14 +57,36 @@ def mean(values):
     return f"{np.mean(values):.0f} [{low:.0f}, {high:.0f}]"
 
 
+def draw(curves, minutes, path):
+    """Means over seeds with t-intervals, over environment steps and over minutes of computing."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for method, seeds in curves.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
+        returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
+        for panel, x in zip(panels, (steps, [minutes(method, step) for step in steps]), strict=True):
+            if None not in x:
+                (line,) = panel.plot(x, returns.mean(0), label=f"{method} ({len(returns)})")
+                if len(returns) > 1:
+                    low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
+                    panel.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    panels[0].set(xlabel="environment steps", ylabel="return: mean over (seeds), 95% interval")
+    panels[1].set(xlabel="minutes of one core, evaluations left out")
+    panels[0].legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=100)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    last = defaultdict(dict)  # method -> seed -> the return at the last step
-    for row in sorted(csv.DictReader(args.csv.open()), key=lambda row: int(row["step"])):
+    if args.runs:
+        export(args.runs, args.csv)
+    curves = defaultdict(lambda: defaultdict(dict))  # method -> seed -> step -> return
+    for row in csv.DictReader(args.csv.open()):
         if row["env_id"] == args.env_id:
-            last[f"{row['script']} {row['flags']}".strip()][int(row["seed"])] = float(row["mean"])
-    if not last:
+            curves[row["method"]][int(row["seed"])][int(row["step"])] = float(row["mean"])
+    if not curves:
         raise SystemExit(f"{args.csv} has no run of --env-id {args.env_id}")
+    last = {method: {seed: x[max(x)] for seed, x in sorted(seeds.items())} for method, seeds in curves.items()}
     for method, returns in last.items():
         print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
     for one, other in itertools.permutations(last, 2):
@@ -44,3 +94,18 @@ if __name__ == "__main__":
         if len(seeds) > 1:
             differences = [last[one][seed] - last[other][seed] for seed in seeds]
             print(f"{one} minus {other}, {len(seeds)} seeds: {mean(differences)}")
+
+    # Returns at equal computing time: what the method that is done first takes for all its steps.
+    costs = {label(row["script"], row["flags"]): float(row["milliseconds"]) for row in csv.DictReader(args.cost.open())}
+
+    def minutes(method, step):
+        """Of computing up to this step; None where the cost is not known."""
+        return max(0, step - args.learning_starts) * costs[method] / 60_000 if method in costs else None
+
+    known = [method for method in curves if method in costs]
+    budget = min((minutes(method, max(x)) for method in known for x in curves[method].values()), default=0)
+    for method in known:
+        values = [x[max(step for step in x if minutes(method, step) <= budget)] for x in curves[method].values()]
+        print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
+    if args.csv == HERE / "small_frame.csv":
+        draw(curves, minutes, HERE / "small_frame.png")

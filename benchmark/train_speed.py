@@ -1,10 +1,10 @@
 """Milliseconds per update of a training as it runs: its environments, its update and its logs, without evaluations.
 
     python benchmark/train_speed.py simpo_neg.py baselines/qsm.py
-    OMP_NUM_THREADS=1 python benchmark/train_speed.py "simpo_neg.py num-particles=8" --frame "hidden-dim=64 batch-size=64"
+    OMP_NUM_THREADS=1 python benchmark/train_speed.py "simpo_neg.py num-particles=8" --frame "hidden-dim=64"
 
-Flags of one script, or in --frame of all, are written as in sweep.py. speed.py times the parts of an update one by one,
-with warm caches, so that they add up to less.
+Flags of one script, or in --frame of all, are written as in sweep.py. Prints CSV: script, flags, milliseconds. speed.py
+times the parts of an update one by one, with warm caches, so that they add up to less.
 """
 
 import statistics
@@ -49,6 +49,7 @@ def milliseconds(script, args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    print(f"{args.env_id}, {args.steps_per_update} environment steps per update, {args.frame or 'default sizes'}")
-    for script in args.scripts:
-        print(f"{script:50s} {milliseconds(script, args):8.2f} ms per update", flush=True)
+    print("script,flags,milliseconds")
+    for entry in args.scripts:
+        script, *flags = entry.split()
+        print(f"{Path(script).stem},{' '.join(flags)},{milliseconds(entry, args):.2f}", flush=True)

@@ -8,6 +8,7 @@ import torch
 import simpo_neg
 
 
+@torch._inductor.config.patch(cpp_wrapper=True)  # as the scripts have it on a CPU
 @pytest.mark.parametrize("solver", ["dpm", "ddpm"])
 def test_compiled_and_eager_agree(solver):
     torch.manual_seed(0)
