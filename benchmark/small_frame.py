@@ -61,15 +61,15 @@ def draw(curves, minutes, path):
     """Means over seeds with t-intervals, over environment steps and over minutes of computing."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for method, seeds in curves.items():
+    for i, (method, seeds) in enumerate(curves.items()):
         steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
         returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
         for panel, x in zip(panels, (steps, [minutes(method, step) for step in steps]), strict=True):
             if None not in x:
-                (line,) = panel.plot(x, returns.mean(0), label=f"{method} ({len(returns)})")
+                panel.plot(x, returns.mean(0), color=f"C{i}", label=f"{method} ({len(returns)})")
                 if len(returns) > 1:
                     low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
-                    panel.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+                    panel.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
     panels[0].set(xlabel="environment steps", ylabel="return: mean over (seeds), 95% interval")
     panels[1].set(xlabel="minutes of one core, evaluations left out")
     panels[0].legend(fontsize="small", frameon=False)
