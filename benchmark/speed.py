@@ -133,6 +133,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     args.diffusion_steps = args.diffusion_steps or {"dpm": 8, "ddpm": 20}[args.solver]
     gym.logger.min_level = gym.logger.ERROR
+    torch._inductor.config.cpp_wrapper = args.device == "cpu"  # as in simpo_neg.py
     envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args)] * 5)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     print(

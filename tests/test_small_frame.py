@@ -1,4 +1,4 @@
-"""benchmark/small_frame.py on a sweep worked out by hand; benchmark/train_speed.py on a short training."""
+"""benchmark/small_frame.py on a sweep worked out by hand; benchmark/train_speed.py on known clocks."""
 
 import csv
 import subprocess
@@ -38,15 +38,25 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
         assert list(csv.reader(file))[1] == ["simpo_neg", "Pendulum-v1", "1", "100", "1.0"]
 
 
-def test_train_speed_prints_a_time_or_what_the_script_said():
-    frame = "no-compile hidden-dim=8 batch-size=4 diffusion-steps=3 policy-dtype=float32"
-    command = [sys.executable, "benchmark/train_speed.py", "--updates=40", "--env-id=Pendulum-v1", "--frame", frame]
-    good = subprocess.run(
-        [*command, "simpo_neg.py num-particles=4 target-kl=0.7"], cwd=ROOT, capture_output=True, text=True
+def test_train_speed_takes_the_median_per_update_of_the_second_half(tmp_path):
+    """A stand-in whose clock goes on by 1 ms a step in the second half, once by a minute, and by 9 ms a step before."""
+    (tmp_path / "stand_in.py").write_text(
+        "import sys; from torch.utils.tensorboard import SummaryWriter\n"
+        "flags = dict(flag.lstrip('-').split('=') for flag in sys.argv[1:])\n"
+        "part, end, clock = int(flags['log-every']), int(flags['total-timesteps']), 0\n"
+        "assert end == 1000 + 40 * part and part == 50 and flags['size'] == '8' and flags['eval-every'] == '0'\n"
+        "writer = SummaryWriter('runs/run')\n"
+        "for step in range(1000 + part, end + 1, part):\n"
+        "    clock += part * (0.001 if step > 1000 + 20 * part else 0.009) + 60 * (step == end)\n"
+        "    writer.add_scalar('loss/critic', 0, step, walltime=1e9 + clock)\n"
+        "writer.close()\n"
     )
-    header, row = good.stdout.splitlines()
-    script, flags, milliseconds = row.split(",")
-    assert (header, script, flags) == ("script,flags,milliseconds", "simpo_neg", "num-particles=4 target-kl=0.7")
-    assert float(milliseconds) > 0
-    bad = subprocess.run([*command, "simpo_neg.py num-particles=0"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1 and "--num-particles must be at least 1" in bad.stderr
+    command = [sys.executable, ROOT / "benchmark/train_speed.py", "stand_in.py size=8", "--updates=200"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "script,flags,milliseconds\nstand_in,size=8,5.00\n"  # an update is 5 steps
+
+
+def test_train_speed_says_why_a_script_failed():
+    command = [sys.executable, "benchmark/train_speed.py", "simpo_neg.py num-particles=0"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "--num-particles must be at least 1" in result.stderr.splitlines()[-1]
