@@ -480,7 +480,8 @@ def plot_regret(ax, method, regret, trial_lines=True):
     if trial_lines:
         ax.plot(rounds, regret.T, color=COLOURS[method], linewidth=0.4, alpha=0.4)
     ax.fill_between(rounds, low, high, color=COLOURS[method], alpha=0.3, linewidth=0)
-    ax.plot(rounds, mean, color=COLOURS[method], linewidth=2, label=method)
+    style = "--" if method == "Square" else "-"  # Exp's mean is often the same
+    ax.plot(rounds, mean, style, color=COLOURS[method], linewidth=2, label=method)
     ax.set(xlabel="round", ylabel="simple regret (reward)", ylim=(0, 1.05))
 
 
