@@ -217,15 +217,22 @@ class DiffusionPolicy(nn.Module):
         return torch.cat(list(map(self.denoise, obs.split(block), noise.split(block, dim=1))))
 
 
+@torch.compile(dynamic=False)
+def action_gradient(critic, obs, action):
+    """d/da of minus the smaller Q, obs (B, S) and action (B, A) -> (B, A)."""
+    return torch.func.grad(lambda a: -critic(obs, a[:, None]).amin(0).sum())(action)
+
+
+@torch.no_grad()
 def ascend(critic, obs, action, steps, lr, max_norm):
-    """Actions (B, A) after `steps` clipped Adam steps up the smaller Q of obs (B, S); the critic stays as it is."""
+    """Actions (B, A) after `steps` clipped Adam steps up the smaller Q of obs (B, S)."""
     action = action.clone().requires_grad_()
-    optimizer = torch.optim.Adam([action], lr=lr, eps=1e-5)
+    optimizer = torch.optim.Adam([action], lr=lr, eps=1e-5, fused=True)
     for _ in range(steps):
-        (action.grad,) = torch.autograd.grad(-critic(obs, action[:, None]).amin(0).sum(), action)
+        action.grad = action_gradient(critic, obs, action)
         nn.utils.clip_grad_norm_(action, max_norm)
         optimizer.step()
-        action.data.clamp_(-1, 1)
+        action.clamp_(-1, 1)
     return action.detach()
 
 
@@ -507,9 +514,7 @@ if __name__ == "__main__":
             where = torch.randint(min(buffer.added, len(improved)), (B,), generator=generator, device=device)
             batch_obs, before = buffer.rows[where, :obs_dim], improved[where]  # (B, S), (B, A)
             max_norm = args.action_grad_norm * action_dim
-            critic.requires_grad_(False)
             batch_improved = ascend(critic, batch_obs, before, args.action_steps, args.action_lr, max_norm)
-            critic.requires_grad_(True)
             improved[where] = batch_improved
             check_finite(critic_loss=critic_loss, improved_actions=batch_improved)
 
