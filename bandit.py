@@ -104,7 +104,7 @@ class Trial:
     start_std: float = 0.8
 
 
-ESCAPE = Trial()  # figure 2: on the lesser optimum; 2% of the mass where the reward exceeds the lesser's
+ESCAPE = Trial()  # figure 2: on the local optimum; 2% of the mass where the reward exceeds the local one's
 BROAD = Trial(distance=3.0, height=0.8, width=0.8, start=0.0, start_std=1.0)  # figure 3, top: between the optima
 SHARP = replace(BROAD, width=0.15)  # figure 3, bottom
 POWER = {"Exp": math.inf, "Linear": 1, "Square": 2, "Lin. Neg.": 1}  # p of each method
@@ -112,10 +112,10 @@ METHODS = list(POWER)
 
 
 def reward(action, distance, height, width):
-    """Two bumps: the lesser optimum (height) at -distance/2, the greater, a* with r(a*) = 1, at distance/2."""
-    lesser = height * torch.exp(-0.5 * ((action + distance / 2) / width) ** 2)
-    greater = torch.exp(-0.5 * ((action - distance / 2) / width) ** 2)
-    return torch.maximum(lesser, greater)
+    """Two bumps: the local optimum (height) at -distance/2, the global one, a* with r(a*) = 1, at distance/2."""
+    local = height * torch.exp(-0.5 * ((action + distance / 2) / width) ** 2)
+    best = torch.exp(-0.5 * ((action - distance / 2) / width) ** 2)
+    return torch.maximum(local, best)
 
 
 # ------------------------------------------------------------------------------------------------------ reweighting
@@ -354,13 +354,13 @@ def summarise(setting, trials, regret):
     """One dict per method with 95% intervals, from trials on one reward and their regret (methods, seeds, rounds + 1).
 
     final: regret of the last 10 rounds; mean: over all rounds; minus_square: mean less Square's on the same seeds.
-    reached: trials whose final regret is less than the lesser optimum's; trapped: those within 0.03 of it.
+    reached: trials whose final regret is less than the local optimum's; trapped: those within 0.03 of it.
     """
-    firsts, rows, lesser = trials[:: regret.shape[1]], [], 1 - trials[0].height
+    firsts, rows, local = trials[:: regret.shape[1]], [], 1 - trials[0].height
     final, mean = regret[..., -10:].mean(-1), regret.mean(-1)  # (methods, seeds)
     square = mean[[trial.method for trial in firsts].index("Square")]
     for trial, x, y in zip(firsts, final, mean, strict=True):
-        arrived, stuck = x < lesser, np.abs(x - lesser) < 0.03
+        arrived, stuck = x < local, np.abs(x - local) < 0.03
         row = dict(setting=setting, method=trial.method, epsilon=trial.epsilon, trials=len(x))
         row |= dict(reached=int(arrived.sum()), trapped=int(stuck.sum()))
         intervals = dict(final=mean_interval(x), mean=mean_interval(y), minus_square=mean_interval(y - square))
@@ -494,7 +494,7 @@ def regret_rows(setting, trials, regret):
 
 
 def figure_2(args):
-    """Escape from the lesser optimum: the reward, curves of every trial, histograms of the policy."""
+    """Escape from the local optimum: the reward, curves of every trial, histograms of the policy."""
     trials = trials_for(ESCAPE, METHODS, args)
     regret, draws = train(trials, args, "figure 2")
     summary = summarise("escape", trials, regret)

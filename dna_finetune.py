@@ -4,10 +4,10 @@
     python dna_finetune.py --data promoters.csv.gz --target activity --split-column start --seeds 3
 
 Round k draws K sequences x_0 from the model p_old, weighs them by w = g((r(x_0) - nu) / lambda), mean w = 1 (9), (11),
-and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). The minimiser gives letter v the chance
-E[w 1{x_0 = v}|x_t] / E[w|x_t] and draws p_old(x_0) w(x_0); where that is negative there is none (case II).
+and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). The minimiser gives letter v the probability
+E[w 1{x_0 = v}|x_t] / E[w|x_t] and draws p_old(x_0) w(x_0); if a numerator is below 0 there is none (case II).
 Top to bottom: the masked diffusion model with its loss and its sampler; the weights; fine-tuning; then data, simulated
-or from a file; pretraining and the two oracles, one rewards and one only judges; the table; files; the run.
+or from a file; pretraining and the two oracles, one for rewards and one to evaluate; the table; files; the run.
 """
 
 import copy
@@ -239,7 +239,7 @@ def reweight(q, temperature, power, epsilon):
     elif power == 2 and epsilon == 0:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
-    else:  # no closed form: bisect the largest weight w_max = y_max^p, in [1, K + (K - 1) epsilon]
+    else:  # otherwise bisect the largest weight w_max = y_max^p, in [1, K + (K - 1) epsilon]
         low, high = torch.ones_like(q_max), torch.full_like(q_max, K + (K - 1) * epsilon)
         for _ in range(60):
             w_max = (low + high) / 2
@@ -454,7 +454,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the rewarding oracle, 45% the judging one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -579,8 +579,8 @@ def evaluate(denoiser, models, top, seed, args):
 
 
 COLUMNS = {  # of the table: heading, digits
-    "pred_activity": ("Pred-Activity", 2),  # median of the judging oracle
-    "reward_oracle": ("rewarding", 2),
+    "pred_activity": ("Pred-Activity", 2),  # median of the evaluation oracle
+    "reward_oracle": ("reward oracle", 2),
     "true_activity": ("true", 2),
     "kmer_correlation": ("3-mer corr.", 2),
     "log_likelihood": ("log-lik. (ELBO)", 1),
@@ -610,7 +610,7 @@ def summarise(rows, curves, run_dir):
         lines.append([*line, f"{better:+.1%}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    out.append("\nPred-Activity: median of the judging oracle; +-: standard deviation over seeds. Differences by seed:")
+    out.append("\nPred-Activity: median of the evaluation oracle; +-: deviation over seeds. Differences by seed:")
     for low, high in itertools.combinations([m for m in get_args(Method) if m in methods], 2):
         line = f"{high} - {low}: {(scores[high] - scores[low]).mean():+.2f}"
         if len(scores[low]) > 1:
@@ -711,11 +711,11 @@ if __name__ == "__main__":
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
     # The data, and the models that are given as files, before any work.
-    x, y, (rewarding, judging, _), origin = read_data(args)
+    x, y, (for_reward, for_eval, _), origin = read_data(args)
     top = x[y.topk(max(2, round(args.top_share * len(y)))).indices].to(device)
     length = x.shape[1]
     files = {name: getattr(args, name) for name in ("pretrained", "reward_oracle", "eval_oracle", "accessibility")}
-    data = dict(reward_oracle=(x[rewarding], y[rewarding], origin), eval_oracle=(x[judging], y[judging], origin))
+    data = dict(reward_oracle=(x[for_reward], y[for_reward], origin), eval_oracle=(x[for_eval], y[for_eval], origin))
     if args.accessibility.endswith((".csv", ".csv.gz")):
         open_x, open_y = read_table("--accessibility", args.accessibility, [args.accessibility_column])
         if open_x.shape[1] != length:
@@ -758,7 +758,7 @@ if __name__ == "__main__":
     # Stages that all methods and seeds share: the denoiser on all but the held-out data, and the oracles.
     if not files["pretrained"]:
         made_of = [origin, settings("width stacks pretrain_steps pretrain_batch pretrain_lr ema seed")]
-        train = x[torch.cat([rewarding, judging])].to(device)
+        train = x[torch.cat([for_reward, for_eval])].to(device)
         files["pretrained"] = stage("pretrained", made_of, pretrain, x=train, args=args)
     for name, (oracle_x, oracle_y, oracle_origin) in data.items():
         if not files[name]:

@@ -12,8 +12,8 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
 Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3, for which 200 actions are too few
-beyond some 8 dimensions; alpha is stepped every 1,000 updates for 10,000, to move within 200,000; noise 0.15 for all
-tasks (0.1 but for HalfCheetah, Humanoid); 5,000 random steps for 30,000; this frame's environments, solver and rates.
+beyond some 8 dimensions; alpha is stepped every 1,000 updates for 10,000, to move within 200,000; noise 0.15 and 5,000
+random steps (theirs: 200,000 on HalfCheetah, Humanoid; else 0.1, 30,000); this frame's environments, solver and rates.
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
@@ -75,7 +75,7 @@ class Args:
     policy_delay: Count = 2  # updates of the critics per update of the policy and the targets
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
     diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
@@ -86,7 +86,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # step of the target critics towards the critics, per update
+    tau: Share = 0.005  # soft update of the target critics, per update
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -100,7 +100,7 @@ class Args:
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
-    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):

@@ -4,7 +4,7 @@
     python baselines/dna_guidance.py --method tds       # on the newest of its runs, or --models runs/<run>/models.json
 
 From t to s = t - 1/T a masked letter becomes v with probability q(v) = p_theta(v | x_t) (t - s) / t, or stays MASK with
-q(MASK) = s / t. r is the rewarding oracle, x0^(x) = argmax p_theta(. | x), f(x_t) = the letters of x_t, p_theta where
+q(MASK) = s / t. r is the reward oracle, x0^(x) = argmax p_theta(. | x), f(x_t) = the letters of x_t, p_theta where
 it is masked, and g the gradient of r(f(x_t)) with respect to the one-hot x_t:
 
     cg   q'(v) ~ q(v) exp(gamma (g_v - g_MASK))                                   Nisonoff et al. 2024, 2406.01572
@@ -13,11 +13,11 @@ it is masked, and g the gradient of r(f(x_t)) with respect to the one-hot x_t:
     cfg  log p = (1 + w) log p(. | x_t, class 1) - w log p(. | x_t)               Ho and Salimans 2022, 2207.12598
 
 With many particles smc and tds draw from p_theta(x_0) exp(r(x_0) / alpha) / Z. The values of gamma, alpha and w to try
-are flags; what makes the median of the rewarding oracle highest is taken, for every method; tuning.csv shows it.
+are flags; what makes the median of the reward oracle highest is taken, for every method; tuning.csv shows it.
 
 Departures from the DRAKES release (Wang et al. 2024, 2410.13643): g is of each sequence, not of the batch's mean, so
 gamma there is batch size times gamma here; f keeps letters that are there, also for the gradient; q' in the weight of
-tds has its normaliser; cfg's law is normalised, its classes are the best of the rewarding oracle's part of the data and
+tds has its normaliser; cfg's law is normalised, its classes are the best of the reward oracle's part of the data and
 the rest, and its network starts as the pretrained one.
 """
 
@@ -64,7 +64,7 @@ class Args:
     method: Literal["cg", "smc", "tds", "cfg"] = "cg"  # how the pretrained model is guided
     models: File = ""  # models.json of a run of dna_finetune.py, args.json beside it; empty: of the newest in runs/
 
-    # guidance; several values: the best by the rewarding oracle is taken
+    # guidance; several values: the best by the reward oracle is taken
     gamma: NonNegatives = (3, 10, 30, 100)  # gamma of cg and tds, per unit of reward
     alpha: Positives = (0.01, 0.03, 0.1, 0.3)  # alpha of smc and tds, temperature in units of reward
     w: NonNegatives = (1, 3, 10, 30)  # w of cfg; 0: the conditional model
@@ -356,7 +356,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the rewarding oracle, 45% the judging one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -429,8 +429,8 @@ def write_csv(path, rows):
 
 
 COLUMNS = {  # of the table: heading, digits
-    "pred_activity": ("Pred-Activity", 2),  # median of the judging oracle
-    "reward_oracle": ("rewarding", 2),
+    "pred_activity": ("Pred-Activity", 2),  # median of the evaluation oracle
+    "reward_oracle": ("reward oracle", 2),
     "true_activity": ("true", 2),
     "kmer_correlation": ("3-mer corr.", 2),
     "log_likelihood": ("log-lik. (ELBO)", 1),
@@ -497,7 +497,7 @@ if __name__ == "__main__":
         raise SystemExit("--models: there is no run of dna_finetune.py in runs/; make one, or name its models.json")
     args.models = args.models or str(newest)
     run, files = read_run(args.models)
-    x, y, (rewarding, _, _), _ = read_data(run)
+    x, y, (for_reward, _, _), _ = read_data(run)
     length, steps = x.shape[1], run.sampling_steps
     top = x[y.topk(max(2, round(run.top_share * len(y)))).indices].to(device)
     kinds = dict.fromkeys(files, "oracle") | {"pretrained": "denoiser"}
@@ -514,7 +514,7 @@ if __name__ == "__main__":
 
     start = time.time()
     if args.method == "cfg":
-        train_x, train_y = x[rewarding].to(device), y[rewarding].to(device)
+        train_x, train_y = x[for_reward].to(device), y[for_reward].to(device)
         conditional = train_conditional(models["pretrained"], train_x, train_y, args)
     train_seconds = time.time() - start
 
@@ -528,7 +528,7 @@ if __name__ == "__main__":
         parts = [draw(denoiser, oracle, K, length, steps, generator, **setting) for _ in range(0, count, K)]
         return torch.cat(parts)[:count], time.time() - start
 
-    # Tuning on the rewarding oracle only: one draw per setting, the highest median is taken.
+    # Tuning on the reward oracle only: one draw per setting, the highest median is taken.
     names, tuning = dict(cg=["gamma"], smc=["alpha"], tds=["gamma", "alpha"], cfg=["w"])[args.method], []
     for values in tqdm(list(itertools.product(*(getattr(args, name) for name in names))), desc="tuning"):
         setting = dict(zip(names, map(float, values), strict=True))

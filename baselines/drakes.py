@@ -335,7 +335,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the rewarding oracle, 45% the judging one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -410,8 +410,8 @@ def write_csv(path, rows):
 
 
 COLUMNS = {  # of the table: heading, digits
-    "pred_activity": ("Pred-Activity", 2),  # median of the judging oracle
-    "reward_oracle": ("rewarding", 2),
+    "pred_activity": ("Pred-Activity", 2),  # median of the evaluation oracle
+    "reward_oracle": ("reward oracle", 2),
     "true_activity": ("true", 2),
     "kmer_correlation": ("3-mer corr.", 2),
     "log_likelihood": ("log-lik. (ELBO)", 1),

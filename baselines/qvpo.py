@@ -13,7 +13,8 @@ With --kept-draws 64 --uniform-actions 0 the policy fits all K draws: the Linear
 
 Departures from the authors' code (github.com/wadx2019/qvpo): velocities instead of noises in the loss, which changes
 only the weight between times; this frame's solver, learning rates and bootstrapping at time limits; learning starts
-after 5,000 steps instead of 10,000.
+after 5,000 steps instead of 10,000; policy and critics share a batch, and the critics' loss is the mean of the twins'
+(theirs the sum, before its gradient's clip); cut gives 0 where they give 1.
 
     python baselines/qvpo.py --env-id HalfCheetah-v4
 """
@@ -69,13 +70,13 @@ class Args:
     num_particles: Count = 64  # K: actions drawn from the policy per state
     kept_draws: Count = 1  # the best ones of the K that the policy fits, each with its own weight
     uniform_actions: Natural = 10  # M: uniform actions per state that the policy fits, too, to keep exploring
-    entropy_weight: NonNegative = 0.02  # c at the start, relative to the best draw's weight; falls linearly
+    entropy_weight: NonNegative = 0.02  # c at the start, relative to the best draw's weight; falls linearly; 0: none
     entropy_weight_end: NonNegative = 0.002  # c at the end
     action_draws: Count = 4  # actions drawn per step in training and for Bellman targets; the best is taken
     max_grad_norm: Positive = 2.0  # limit of the norm of the policy's and of the critics' gradient
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
     diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
@@ -86,7 +87,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # step of the target critics towards the critics, per update
+    tau: Share = 0.005  # soft update of the target critics, per update
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -100,7 +101,7 @@ class Args:
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
-    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):
@@ -188,7 +189,7 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, action, weights, t, noise, error_clip):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        one_hot = F.one_hot(t, len(time_embedding)).float()  # time_embedding[t] would add up gradients in any order
+        one_hot = F.one_hot(t, len(time_embedding)).float()  # the gradient of time_embedding[t] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
         alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
@@ -514,7 +515,8 @@ if __name__ == "__main__":
             actions = particles.gather(1, best[..., None].expand(-1, -1, action_dim))
 
             # M uniform actions of each state with a small share c of its best draw's weight.
-            c = max(args.entropy_weight * (1 - global_step / args.total_timesteps), args.entropy_weight_end)
+            falling = args.entropy_weight * (1 - global_step / args.total_timesteps)
+            c = min(args.entropy_weight, max(falling, args.entropy_weight_end))
             uniform = 2 * torch.rand(B, M, action_dim, generator=generator, device=device) - 1
             actions = torch.cat([actions, uniform], dim=1)  # (B, kept + M, A)
             weights = torch.cat([weights, c * weights[:, :1].expand(B, M)], dim=1)

@@ -73,7 +73,7 @@ class Args:
     temperature: Positive = 0.05  # lambda: the policy aims at exp(Q / lambda)
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with the noise of the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
     diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
@@ -84,7 +84,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # step of the target critics towards the critics, per update
+    tau: Share = 0.005  # soft update of the target critics, per update
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -98,7 +98,7 @@ class Args:
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
-    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's products
+    policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):
@@ -185,7 +185,7 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, action, weights, t, noise, error_clip):
         """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        one_hot = F.one_hot(t, len(time_embedding)).float()  # time_embedding[t] would add up gradients in any order
+        one_hot = F.one_hot(t, len(time_embedding)).float()  # the gradient of time_embedding[t] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
         alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi

@@ -1,6 +1,6 @@
 """Where the claims of Figures 2 and 3 hold: python benchmark/bandit_map.py [bandit.py's flags]
 
-escape_map: share of trials that end better than the lesser optimum, where they start (Figure 2), over distance of the
+escape_map: share of trials that end better than the local optimum, where they start (Figure 2), over distance of the
 optima and epsilon, and over one other setting at a time. sweeps: regret on broad and sharp optima as in Figure 3, over
 width, height and target KL. The paper has neither. PNG and CSV files go to --save-dir, by default runs/bandit_map.
 """
@@ -30,7 +30,7 @@ OTHERS = {
 LABELS = {
     "start_std": "deviation of the start (action)",
     "distance": "distance of the optima (action)",
-    "height": "lesser / greater reward",
+    "height": "local / global reward",
     "width": "width of the optima (action)",
     "target_kl": r"target KL $\delta$ (nats)",
     "error_clip": "error clip",
@@ -81,10 +81,10 @@ def escape_map(args):
     ax.set_xticks(range(len(COLUMNS)), [f"{epsilon:g}" if epsilon else method for method, epsilon in COLUMNS])
     ax.set_yticks(range(len(DISTANCES)), DISTANCES)
     ax.set(xlabel=r"method; numbers: Lin. Neg. with this $\epsilon$", ylabel=LABELS["distance"])
-    figure.colorbar(image, ax=ax, label="share of trials that beat the lesser optimum")
+    figure.colorbar(image, ax=ax, label="share of trials that beat the local optimum")
     summary += plot_sweeps(axes.values(), "", ESCAPE, OTHERS, METHODS, "share", args)
     for ax in axes.values():
-        ax.set(ylabel="share that beat the lesser", ylim=(-0.05, 1.05))
+        ax.set(ylabel="share that beat the local one", ylim=(-0.05, 1.05))
     axes["e"].set_xscale("log")
     axes["a"].legend(fontsize=8)
     bandit.save(args, "escape_map", figure, summary)

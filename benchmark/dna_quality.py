@@ -91,10 +91,10 @@ if __name__ == "__main__":
         files = json.loads((run_dir / "models.json").read_text())
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"give the directory of a dna_finetune.py run, from where it ran: {error}") from None
-    x, y, (rewarding, judging, held_out), _ = dna.read_data(args)
+    x, y, (for_reward, for_eval, held_out), _ = dna.read_data(args)
     x, y, length = x.to(args.device), y.to(args.device), x.shape[1]
     denoiser = dna.load_model("denoiser", files["pretrained"], length, args.device)
-    quality = dict(pretrained=denoiser_quality(denoiser, x[torch.cat([rewarding, judging])], x[held_out], args))
+    quality = dict(pretrained=denoiser_quality(denoiser, x[torch.cat([for_reward, for_eval])], x[held_out], args))
     for name in ("reward_oracle", "eval_oracle"):
         oracle = dna.load_model("oracle", files[name], length, args.device)
         quality[name] = oracle_quality(oracle, x[held_out], y[held_out], simulated=not args.data)

@@ -3,7 +3,7 @@
     python benchmark/dna_table.py runs/simulated__* --out benchmark/dna/simulated
 
 Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), score_likelihood.png, and rounds.png: what
-the rewarding oracle says and what is true over the rounds of fine-tuning. A method's rows with the authors' lambdas are
+the reward oracle says and what is true over the rounds of fine-tuning. A method's rows with the authors' lambdas are
 named so. Seconds are of the fine-tuning before and of one draw of the judged sequences, on the machine as it was.
 """
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(args.out / "score_likelihood.png", dpi=120)
 
-    names = {"reward": "rewarding oracle, median", "true_activity": "true activity, median"}
+    names = {"reward": "reward oracle, median", "true_activity": "true activity, median"}
     names = {name: label for name, label in names.items() if any(name in row for row in curves)}
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained", squeeze=False)
     for (name, label), ax in zip(names.items(), panels[0], strict=True):

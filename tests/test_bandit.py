@@ -41,8 +41,8 @@ def test_optimum_is_one_at_half_the_distance():
     a = torch.linspace(-3, 3, 6001, dtype=torch.float64)
     r = bandit.reward(a, 2.0, 0.5, 0.3)
     assert r.max() == 1 and a[r.argmax()].item() == pytest.approx(1.0)
-    lesser = r[a < 0]
-    assert lesser.max() == 0.5 and a[lesser.argmax()].item() == pytest.approx(-1.0)
+    local = r[a < 0]
+    assert local.max() == 0.5 and a[local.argmax()].item() == pytest.approx(-1.0)
 
 
 def test_trials_do_not_depend_on_their_company():
@@ -75,7 +75,7 @@ def test_intervals_are_wilsons_and_the_bootstrap_s():
 
 
 def test_summary_counts_by_hand():
-    """Three rounds of which the last ten are all; the lesser optimum's regret is 0.5."""
+    """Three rounds of which the last ten are all; the local optimum's regret is 0.5."""
     trials = bandit.trials_for(bandit.ESCAPE, ["Linear", "Square"], SMALL)
     regret = np.array([[[0.8, 0.5, 0.2], [0.8, 0.4, 0.36]], [[0.9, 0.4, 0.2], [1.0, 1.0, 1.0]]])
     linear, square = bandit.summarise("x", trials, regret)

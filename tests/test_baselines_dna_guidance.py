@@ -224,7 +224,7 @@ GRIDS = dict(cg=["gamma"], smc=["alpha"], tds=["gamma", "alpha"], cfg=["w"])
 
 
 @pytest.mark.parametrize("method", GRIDS)
-def test_run_tunes_by_the_rewarding_oracle_and_writes_a_row_per_seed(run_script, tmp_path, method):
+def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tmp_path, method):
     model_files(tmp_path / "here")
     grid = [word for name in GRIDS[method] for word in (f"--{name}", 0.5, 2)]
     flags = ["--method", method, *TINY, "--seeds", 2, *grid]
