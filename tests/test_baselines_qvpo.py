@@ -43,13 +43,14 @@ def test_best_draw_is_by_the_smaller_twin_of_the_same_state():
     assert actions.tolist() == [[2], [5]] and values.tolist() == [2, 2.5]
 
 
-def test_two_updates_by_hand(run_script):
+@pytest.mark.parametrize("entropy_weight", [0.8, 0.0])
+def test_two_updates_by_hand(run_script, entropy_weight):
     """Uniform actions fill [-1, 1] and meet their own state; targets come from the averaged policy; both norms are cut.
 
     The draws of the random numbers are the script's, all else is written anew.
     """
-    flags = "--num-particles 6 --kept-draws 2 --uniform-actions 3 --entropy-weight 0.8 --max-grad-norm 0.002"
-    hand = ByHand(qvpo, run_script("baselines/qvpo", *HAND, *flags.split()), eps=1e-5)
+    flags = "--num-particles 6 --kept-draws 2 --uniform-actions 3 --max-grad-norm 0.002 --entropy-weight"
+    hand = ByHand(qvpo, run_script("baselines/qvpo", *HAND, *flags.split(), str(entropy_weight)), eps=1e-5)
     policy, critic, generator = hand.policy, hand.critic, hand.generator
     for global_step in (40, 45):
         policy.sample(torch.zeros(5, 3), 4, generator)  # acting
@@ -72,7 +73,7 @@ def test_two_updates_by_hand(run_script):
             order, value = q[b].argsort(descending=True), q[b].mean()
             actions = [draws[b, order[0], 0], draws[b, order[1], 0], *uniform[b, :, 0]]
             best, second = (max(q[b, order[j]] - value, 0) for j in (0, 1))
-            share = max(0.8 * (1 - global_step / 45), 0.002)
+            share = max(entropy_weight * (1 - global_step / 45), 0.002) if entropy_weight else 0
             for k, weight in enumerate([best, second, *[share * best] * 3]):
                 cos, sin, a, eps = angle[b, k].cos(), angle[b, k].sin(), actions[k], noise[b, k, 0]
                 predicted = policy.velocity((cos * a + sin * eps).view(1, 1, 1), states[b] + times[t[b, k]])
