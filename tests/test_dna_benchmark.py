@@ -196,6 +196,21 @@ def test_quality_of_a_run(run_dna, capsys):  # noqa: F811
             run_file("benchmark/dna_quality.py", *flags)
 
 
+def test_scores_by_other_oracles(run_dna, tmp_path, capsys):  # noqa: F811
+    """The run's own seed gives the run's own scores again, another seed others; no run: one line."""
+    made, _ = run_dna("--methods", "exp")
+    run_file("benchmark/dna_rescore.py", made, "--seeds", "1", "7", "--out", tmp_path / "out.csv")
+    with open(tmp_path / "out.csv") as file:
+        again = {(row["method"], row["oracle_seed"]): float(row["pred_activity"]) for row in csv.DictReader(file)}
+    with open(made / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        own, other = (again[row["method"], seed] for seed in ("1", "7"))
+        assert own == pytest.approx(float(row["pred_activity"]), abs=2e-3) and abs(own - other) > 1e-3
+    with pytest.raises(SystemExit, match="nothing is no run of dna_finetune.py"):
+        run_file("benchmark/dna_rescore.py", "nothing")
+
+
 def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     """Two rules of one method and a guided one; intervals by hand: t with 2 degrees of freedom at 97.5% is 4.3027."""
     monkeypatch.chdir(tmp_path)
