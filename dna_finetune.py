@@ -86,7 +86,7 @@ class Args:
     oracle_epochs: Count = 20  # passes over the oracle's part of the data
     oracle_lr: Positive = 2e-3  # learning rate of the oracles, falling to a tenth along a cosine
 
-    # SiMPO: the same for every method; the paper's source has K = 512, 500 rounds of 1 update, lr 1e-4
+    # SiMPO: the same for every method; the authors' code has 500 rounds of 4 groups of K = 128, 1 update, lr 1e-4
     methods: Methods = get_args(Method)  # weightings to fine-tune with
     epsilon: NonNegative = 0.5  # epsilon: no weight of lin-neg and sqr-neg is below -epsilon, the floor of (11)
     num_particles: Several = 64  # K: sequences that share one normaliser nu, drawn per round

@@ -16,9 +16,9 @@ With many particles smc and tds draw from p_theta(x_0) exp(r(x_0) / alpha) / Z. 
 are flags; what makes the median of the reward oracle highest is taken, for every method; tuning.csv shows it.
 
 Departures from the DRAKES release (Wang et al. 2024, 2410.13643): g is of each sequence, not of the batch's mean, so
-gamma there is batch size times gamma here; f keeps letters that are there, also for the gradient; q' in the weight of
-tds has its normaliser; cfg's law is normalised, its classes are the best of the reward oracle's part of the data and
-the rest, and its network starts as the pretrained one.
+gamma there is batch size times gamma here, and f has log p_theta there; f keeps letters that are there, also for the
+gradient; q' in the weight of tds has its normaliser; cfg's law is normalised, its classes are the most active of the
+reward oracle's data, as measured, and the rest; its network starts as the pretrained one and is not averaged.
 """
 
 import copy
