@@ -15,8 +15,8 @@ The oracle r sees the argmax of x_0, its gradient passes straight through to x_0
     minimise -E[r(x_0)] + kl_weight E[path KL],
     path KL = sum over steps of (t - s) / t sum over positions of x_t[MASK] KL(p_theta(. | x_t) || p_pre(. | x_t))
 
-Departures from the release: the KL counts hard masks too, there only soft ones, and has (t - s) / t where there 1 / t and
-soft letters weigh it: kl_weight is on another scale; p_theta stays the network's where a soft argmax is a letter; the
+Departures from the release: the KL counts hard masks too, there only soft ones, and has (t - s) / t, there 1 / t and a
+weight of soft letters: kl_weight is on another scale; p_theta stays the network's where a soft argmax is a letter; the
 defaults are for a CPU. The release has 4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
 """
 
