@@ -67,6 +67,22 @@ class RandomLength(TwoStates):
         return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
 
 
+class TwoEnds(gym.Env):
+    """Three coordinates pushed by two actions; an end is terminal if x_0 > 0.4, a time limit if x_1 > 0.4, or both."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-0.4, 0.4, 3).astype(np.float32)
+        return self.x, {}
+
+    def step(self, action):
+        self.x = (0.9 * self.x + 0.4 * np.array([action[0], action[1], action[0] - action[1]])).astype(np.float32)
+        return self.x, 10.0 * float(self.x[2] - action[1]), self.x[0] > 0.4, self.x[1] > 0.4, {}
+
+
 class DiscreteActions(PointMass):
     action_space = gym.spaces.Discrete(2)
 
@@ -84,6 +100,7 @@ for name, entry, kwargs in [
     ("TimeLimit-v0", TwoStates, {"terminal": False}),
     ("Terminal-v0", TwoStates, {"terminal": True}),
     ("RandomLength-v0", RandomLength, {}),
+    ("TwoEnds-v0", TwoEnds, {}),
     ("DiscreteActions-v0", DiscreteActions, {}),
     ("DiscreteObservations-v0", DiscreteObservations, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),

@@ -87,21 +87,21 @@ def test_alpha_rises_below_the_target_entropy_and_falls_above(run_script, target
 def test_two_updates_by_hand(run_script):
     """The draw of the target is of the twin with the smaller mean in each row, not of a row with a smaller mean.
 
-    alpha is stepped after both updates, the policy and the targets after the first.
+    alpha, the policy and the targets are stepped in the first.
     """
-    flags = "--alpha 1 --noise-scale 0.3 --alpha-interval 1 --entropy-draws 9"
+    flags = "--alpha 1 --noise-scale 0.3 --alpha-interval 2 --entropy-draws 9 --target-entropy 1"
     hand = ByHand(dacer, run_script("baselines/dacer", *HAND, *flags.split()))
     policy, critic, b, log_alpha = hand.policy, hand.critic, None, torch.zeros(1, requires_grad=True)
     alpha_adam = torch.optim.Adam([log_alpha], 0.03)
 
     def act(obs, draws):
-        noise = hand.randn(2, len(obs), draws, 1)
+        noise = hand.randn(2, len(obs), draws, 2)
         return (policy.denoise(obs, noise[:1]) + 0.3 * alpha * noise[1]).clip(-1, 1)
 
     for global_step in (40, 45):
         alpha = log_alpha.exp().item()
-        act(torch.zeros(5, 3), 1)  # acting
-        obs, next_obs, action, reward, terminated, _ = hand.batch(global_step)
+        hand.act(global_step, lambda obs: act(obs, 1)[:, 0])
+        obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             means, deviations = (x[..., 0] for x in hand.critic_target.distribution(next_obs, act(next_obs, 1)))
         z, y, y_z = hand.randn(32).clip(-3, 3), torch.zeros(32), torch.zeros(32)
@@ -125,12 +125,12 @@ def test_two_updates_by_hand(run_script):
             hand.step(policy, hand.policy_adam, -torch.minimum(*critic(obs, act(obs, 1))).mean())
             hand.follow(hand.critic_target, critic)
             hand.critic_target.b.zero_()  # the targets' own is not used
-        with torch.no_grad():
-            variance = np.var(act(obs, 9)[..., 0].double().numpy(), axis=1) + 1e-6
-        entropy = (np.log(2 * np.pi * np.e * variance) / 2).mean()
-        alpha_adam.zero_grad()
-        (log_alpha * (entropy + 0.9)).sum().backward()
-        alpha_adam.step()
+            actions = act(obs, 9).detach().double().numpy()
+            covariances = [np.cov(x, rowvar=False, bias=True) + 1e-6 * np.eye(2) for x in actions]
+            entropy = np.mean([np.log(2 * np.pi * np.e) + np.log(np.linalg.det(x)) / 2 for x in covariances])
+            assert 1 < entropy < 2
+            (log_alpha * (entropy - 1 * 2)).sum().backward()
+            alpha_adam.step()
     critic.b.copy_(b)
     hand.compare("policy", "critic", "critic_target")
     assert hand.result["log_alpha"].item() == pytest.approx(log_alpha.item(), abs=1e-4)

@@ -59,34 +59,34 @@ def test_improved_actions_start_as_the_taken_ones_also_past_the_capacity(run_scr
 
 
 def test_two_updates_by_hand(run_script):
-    hand = ByHand(dipo, run_script("baselines/dipo", *HAND, *"--max-grad-norm 0.1 --action-steps 3".split()), eps=1e-5)
+    hand = ByHand(dipo, run_script("baselines/dipo", *HAND, *"--max-grad-norm 0.02 --action-steps 3".split()), eps=1e-5)
     policy, critic = hand.policy, hand.critic
-    improved = hand.result["rows"][:, 6:7].clone()
+    improved = hand.rows[:, 6:8].clone()
     for global_step in (40, 45):
-        policy.sample(torch.zeros(5, 3), 1, hand.generator)  # acting
-        obs, next_obs, action, reward, terminated, _ = hand.batch(global_step)
+        hand.act(global_step, lambda obs: policy.sample(obs, 1, hand.generator)[:, 0])
+        obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, hand.policy_target.sample(next_obs, 1, hand.generator))[..., 0]
         target = reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1])
-        hand.critic_step(obs, action, target, max_norm=0.1)
+        hand.critic_step(obs, action, target, max_norm=0.02)
 
-        obs, *_, where = hand.batch(global_step)
+        obs, *_, where = hand.batch()
         action = improved[where].clone().requires_grad_()
         adam = torch.optim.Adam([action], 0.03, eps=1e-5)
         for _ in range(3):
             (gradient,) = torch.autograd.grad(torch.minimum(*critic(obs, action[:, None])).sum(), action)
-            action.grad = -gradient * min(1, 0.1 / gradient.norm())
+            action.grad = -gradient * min(1, 0.1 * 2 / gradient.norm())
             adam.step()
             action.data = action.data.clip(-1, 1)
         improved[where] = action.detach()
 
         t = torch.randint(5, (32, 1), generator=hand.generator)
-        angle, noise = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2, hand.randn(32, 1, 1)
+        angle, noise = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2, hand.randn(32, 1, 2)
         states, times = policy.embed(obs)
         action = action.detach()[:, None]
         predicted = policy.velocity(angle.cos() * action + angle.sin() * noise, states + times[t])
         error = (predicted - angle.cos() * noise + angle.sin() * action) ** 2
-        hand.step(policy, hand.policy_adam, error.mean(), max_norm=0.1)
+        hand.step(policy, hand.policy_adam, error.mean(), max_norm=0.02)
         hand.follow(hand.policy_target, policy)
         hand.follow(hand.critic_target, critic)
     hand.compare("policy", "policy_target", "critic", "critic_target")

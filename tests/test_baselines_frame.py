@@ -25,8 +25,8 @@ FAST = [*SMALL, *FAST.split(), *"--policy-lr 2e-3 --policy-lr-end 2e-3 --critic-
 
 
 # Two updates whose random numbers a test can draw again and do the rest by hand.
-HAND = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 45 --eval-every 0 --tau 0.3 --policy-lr 0.1"
-HAND = [*SMALL, *HAND.split(), *"--policy-lr-end 0.1 --critic-lr 0.02 --log-every 5".split()]
+HAND = "--env-id small_envs:TwoEnds-v0 --learning-starts 35 --total-timesteps 45 --eval-every 0 --tau 0.3"
+HAND = [*SMALL, *HAND.split(), *"--policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02 --log-every 5".split()]
 
 
 class ByHand:
@@ -36,17 +36,27 @@ class ByHand:
         self.losses, self.logged = {}, EventAccumulator(str(run_dir)).Reload()
         self.result = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         torch.manual_seed(1)
-        self.policy, self.critic = module.DiffusionPolicy(3, 1, 32, solver, 5), module.Critic(3, 1, 32)
+        self.policy, self.critic = module.DiffusionPolicy(3, 2, 32, solver, 5), module.Critic(3, 2, 32)
         self.policy_target, self.critic_target = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
-        self.policy_adam = torch.optim.Adam(self.policy.parameters(), 0.1, eps=eps)
+        self.policy_adam = torch.optim.Adam(self.policy.parameters(), eps=eps)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), 0.02, eps=eps)
         self.generator = torch.Generator().manual_seed(1)
-        torch.rand(35, 1, generator=self.generator)  # random actions
+        self.rows = self.result["rows"]
+        terminated, truncated = (self.rows[:, 3 + i] > 0.4 for i in (0, 1))  # TwoEnds
+        assert torch.equal(self.rows[:, -1], terminated.float()) and (truncated & ~terminated).any() and any(terminated)
+        random_actions = [2 * torch.rand(5, 2, generator=self.generator) - 1 for _ in range(7)]
+        torch.testing.assert_close(self.rows[:35, 6:8], torch.cat(random_actions))
 
-    def batch(self, size):
-        """32 of the first `size` transitions: obs, next_obs, action, reward, terminated, and their rows."""
-        where = torch.randint(size, (32,), generator=self.generator)
-        obs, next_obs, action, reward, terminated = self.result["rows"][where].split([3, 3, 1, 1, 1], dim=1)
+    def act(self, global_step, choose):
+        """The five actions of this step are those that choose(obs) draws."""
+        self.now = global_step
+        rows = self.rows[global_step - 5 : global_step]
+        torch.testing.assert_close(rows[:, 6:8], choose(rows[:, :3]).detach(), rtol=1e-3, atol=1e-4)
+
+    def batch(self):
+        """32 of the transitions so far: obs, next_obs, action, reward, terminated, and their rows."""
+        where = torch.randint(self.now, (32,), generator=self.generator)
+        obs, next_obs, action, reward, terminated = self.rows[where].split([3, 3, 2, 1, 1], dim=1)
         return obs, next_obs, action, reward[:, 0], terminated[:, 0], where
 
     def randn(self, *shape):
@@ -54,6 +64,8 @@ class ByHand:
 
     def step(self, module, adam, loss, max_norm=torch.inf):
         self.losses["loss/critic" if module is self.critic else "loss/policy"] = loss.item()
+        if module is self.policy:
+            adam.param_groups[0]["lr"] = 0.1 - 0.09 * self.now / 45
         adam.zero_grad()
         loss.backward()
         norm = torch.cat([x.grad.flatten() for x in module.parameters() if x.grad is not None]).norm()
@@ -113,7 +125,7 @@ def main_blocks(script):
         ("# The machine.", "# Environments, networks"),
         ("def reset(which)", "# Replay buffer."),
         ("global_step, num_updates, evaluations = saved", "if not np.array_equal(obs, saved"),
-        ("# The run's directory and logs.", "def checkpoint"),
+        ("# The run's directory and logs.", "state = {name"),
         ("# Evaluate, when due", "# Act with"),
         ("next_obs, reward, terminated, truncated, infos", "buffer.add("),
         ("obs, done = next_obs", "# Critics:"),
@@ -159,6 +171,7 @@ gym.register("Interrupted-v0", Interrupted)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_is_bit_for_bit_and_evaluate_agrees(run_in, capsys, script):
     flags = [*SMALL, "--env-id", "Interrupted-v0", *"--learning-starts 350 --total-timesteps 450".split()]
+    flags += ["--alpha-interval", "3"] if "dacer" in script else []  # so that alpha's Adam has a state
     Interrupted.left = 10**9
     whole, code = run_in("whole", script, *flags)
     assert code is None

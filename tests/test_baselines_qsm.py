@@ -78,18 +78,20 @@ def test_on_a_quadratic_q_the_sampler_is_a_linear_recursion(monkeypatch, solver,
 def test_two_updates_by_hand(run_script, q_scale):
     hand = ByHand(qsm, run_script("baselines/qsm", *HAND, "--q-scale", q_scale), solver="ddpm")
     policy, critic = hand.policy, hand.critic
+
+    def explore(obs):
+        return (policy.sample(obs, 1, hand.generator) + 0.1 * hand.randn(len(obs), 1, 2)).clip(-1, 1)
+
     for global_step in (40, 45):
-        policy.sample(torch.zeros(5, 3), 1, hand.generator), hand.randn(5, 1, 1)  # acting
-        obs, next_obs, action, reward, terminated, _ = hand.batch(global_step)
-        next_action = policy.sample(next_obs, 1, hand.generator)
-        next_action = (next_action + 0.1 * hand.randn(32, 1, 1)).clip(-1, 1)
+        hand.act(global_step, lambda obs: explore(obs)[:, 0])
+        obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
-            q = hand.critic_target(next_obs, next_action)[..., 0]
+            q = hand.critic_target(next_obs, explore(next_obs))[..., 0]
         hand.critic_step(obs, action, reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]))
 
         t = torch.randint(5, (32, 1), generator=hand.generator)
         angle = torch.pi / 2 * (t[..., None] + 1) / 5
-        noisy = (angle.cos() * action[:, None] + angle.sin() * hand.randn(32, 1, 1)).requires_grad_()
+        noisy = (angle.cos() * action[:, None] + angle.sin() * hand.randn(32, 1, 2)).requires_grad_()
         q = critic(obs, noisy)
         gradient = torch.autograd.grad((q[0] + q[1]).sum() / 2, noisy)[0]
         target = -50 * gradient if q_scale else -angle.sin() * gradient / gradient.abs().mean() / 0.1

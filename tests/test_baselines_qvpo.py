@@ -52,9 +52,16 @@ def test_two_updates_by_hand(run_script, entropy_weight):
     flags = "--num-particles 6 --kept-draws 2 --uniform-actions 3 --max-grad-norm 0.002 --entropy-weight"
     hand = ByHand(qvpo, run_script("baselines/qvpo", *HAND, *flags.split(), str(entropy_weight)), eps=1e-5)
     policy, critic, generator = hand.policy, hand.critic, hand.generator
+
+    def best_of_four(obs):
+        draws = policy.sample(obs, 4, generator)
+        with torch.no_grad():
+            best = torch.minimum(*critic(obs, draws)).argmax(1)
+        return torch.stack([x[i] for x, i in zip(draws, best, strict=True)])
+
     for global_step in (40, 45):
-        policy.sample(torch.zeros(5, 3), 4, generator)  # acting
-        obs, next_obs, action, reward, terminated, _ = hand.batch(global_step)
+        hand.act(global_step, best_of_four)
+        obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, hand.policy_target.sample(next_obs, 4, generator))  # (2, 32, 4)
         target = reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]).max(-1).values
@@ -63,25 +70,35 @@ def test_two_updates_by_hand(run_script, entropy_weight):
         draws = policy.sample(obs, 6, generator)
         with torch.no_grad():
             q = torch.minimum(*critic(obs, draws))
-        uniform = torch.rand(32, 3, 1, generator=generator) * 2 - 1
+        uniform = torch.rand(32, 3, 2, generator=generator) * 2 - 1
         assert uniform.min() < -0.9 and uniform.max() > 0.9
-        t, noise = torch.randint(5, (32, 5), generator=generator), hand.randn(32, 5, 1)
+        t, noise = torch.randint(5, (32, 5), generator=generator), hand.randn(32, 5, 2)
         angle = torch.pi / 2 * ((t + 1) / 5) ** 2
         states, times = policy.embed(obs)
         loss = 0
         for b in range(32):
             order, value = q[b].argsort(descending=True), q[b].mean()
-            actions = [draws[b, order[0], 0], draws[b, order[1], 0], *uniform[b, :, 0]]
+            actions = [draws[b, order[0]], draws[b, order[1]], *uniform[b]]
             best, second = (max(q[b, order[j]] - value, 0) for j in (0, 1))
             share = max(entropy_weight * (1 - global_step / 45), 0.002) if entropy_weight else 0
             for k, weight in enumerate([best, second, *[share * best] * 3]):
-                cos, sin, a, eps = angle[b, k].cos(), angle[b, k].sin(), actions[k], noise[b, k, 0]
-                predicted = policy.velocity((cos * a + sin * eps).view(1, 1, 1), states[b] + times[t[b, k]])
-                loss = loss + weight * (predicted.squeeze() - (cos * eps - sin * a)) ** 2 / (32 * 5)
+                cos, sin, a, eps = angle[b, k].cos(), angle[b, k].sin(), actions[k], noise[b, k]
+                predicted = policy.velocity((cos * a + sin * eps).view(1, 1, 2), states[b] + times[t[b, k]])
+                error = ((predicted[0, 0] - (cos * eps - sin * a)) ** 2).mean()
+                loss = loss + weight * error / (32 * 5)
         hand.step(policy, hand.policy_adam, loss, max_norm=0.002)
         hand.follow(hand.policy_target, policy)
         hand.follow(hand.critic_target, critic)
     hand.compare("policy", "policy_target", "critic", "critic_target")
+
+
+def test_cut_gives_no_weight_where_all_values_are_below_1(run_script):
+    """Rewards of Pendulum-v1 are negative; with the other weighting the same draws move the policy."""
+    start = torch.manual_seed(1) and qvpo.DiffusionPolicy(3, 1, 32, "dpm", 5).state_dict()
+    for weights in ("adv", "cut"):
+        run_dir = run_script("baselines/qvpo", *HAND, "--env-id", "Pendulum-v1", "--weights", weights)
+        policy = torch.load(run_dir / "checkpoint.pt", weights_only=True)["policy"]
+        assert all(torch.equal(policy[name], x) for name, x in start.items()) == (weights == "cut")
 
 
 def test_learns_the_point_mass(run_script):

@@ -63,8 +63,8 @@ def test_two_updates_by_hand(run_script):
     hand = ByHand(sdac, run_script("baselines/sdac", *HAND, "--num-particles", 7, "--temperature", 0.5))
     policy, critic = hand.policy, hand.critic
     for global_step in (40, 45):
-        policy.sample(torch.zeros(5, 3), 1, hand.generator)  # acting
-        obs, next_obs, action, reward, terminated, _ = hand.batch(global_step)
+        hand.act(global_step, lambda obs: policy.sample(obs, 1, hand.generator)[:, 0])
+        obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, policy.sample(next_obs, 1, hand.generator))[..., 0]
         hand.critic_step(obs, action, reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]))
@@ -72,15 +72,15 @@ def test_two_updates_by_hand(run_script):
         t = torch.randint(5, (32, 1), generator=hand.generator)
         angle = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2
         cos, sin = angle.cos().clamp(min=1e-6), angle.sin()
-        noisy = cos * action[:, None] + sin * hand.randn(32, 1, 1)
-        u = torch.rand(32, 7, 1, generator=hand.generator, dtype=torch.float64).numpy()
+        noisy = cos * action[:, None] + sin * hand.randn(32, 1, 2)
+        u = torch.rand(32, 7, 2, generator=hand.generator, dtype=torch.float64).numpy()
         mean, std = (noisy / cos).double().numpy(), (sin / cos).double().numpy()
         exact = truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std)
         particles = torch.tensor(np.where(mean < 0, exact.isf(u), exact.ppf(u)), dtype=torch.float32).clip(-1, 1)
         with torch.no_grad():
             weights = (torch.minimum(*critic(obs, particles)) / 0.5).exp()
         weights = weights / weights.sum(1, keepdim=True)  # (32, 7)
-        velocity = cos * (noisy - cos * particles) / sin - sin * particles  # (32, 7, 1)
+        velocity = cos * (noisy - cos * particles) / sin - sin * particles  # (32, 7, 2)
         states, times = policy.embed(obs)
         error = (policy.velocity(noisy, states + times[t]) - velocity) ** 2
         hand.step(policy, hand.policy_adam, (weights[..., None] * error).sum(1).mean())
