@@ -27,7 +27,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.append(str(Path(__file__).parent.parent))
-from simpo_neg import make_env  # noqa: E402
+from simpo_neg import LANDSCAPE_SPEED, make_env  # noqa: E402
 
 
 @dataclass
@@ -53,6 +53,10 @@ class Args:
             least = 0 if name in ("seed", "learning_starts") else 1
             if isinstance(value, int) and value < least:
                 raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+        if self.landscape_c <= 0:
+            raise SystemExit(f"--landscape-c must be above 0; got {self.landscape_c}")
+        if self.reward_landscape != "native" and self.env_id not in LANDSCAPE_SPEED:
+            raise SystemExit(f"--reward-landscape is for --env-id {' or '.join(LANDSCAPE_SPEED)}; got {self.env_id}")
         if self.num_envs % self.steps_per_update and self.steps_per_update % self.num_envs:
             raise SystemExit("--num-envs must be a multiple of --steps-per-update, or the other way round")
 
@@ -112,6 +116,10 @@ class Evaluation(BaseCallback):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    try:
+        torch.zeros((), device=args.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
     os.environ.setdefault("MUJOCO_GL", "disable")
     envs = DummyVecEnv([lambda: make_env(args, training=True)] * args.num_envs)

@@ -75,7 +75,13 @@ def colour(method):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     runs = [read(folder) for folder in args.runs]
-    rows = {(row["method"], row["seed"]): row for rows, _ in runs for row in rows}.values()  # pretrained only once
+    rows = {}
+    for folder, (found, _) in zip(args.runs, runs, strict=True):
+        for row in found:
+            before = rows.setdefault((row["method"], row["seed"]), row)
+            if before is not row and row["method"] != "pretrained":
+                raise SystemExit(f"{folder}: another run has {row['method']}, seed {row['seed']:g}, too; leave one out")
+    rows = rows.values()
     curves = [row for _, curves in runs for row in curves]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +113,8 @@ if __name__ == "__main__":
 
     names = {"reward": "reward oracle, median", "true_activity": "true activity, median"}
     names = {name: label for name, label in names.items() if any(name in row for row in curves)}
+    if not names:  # no fine-tuning among the runs
+        raise SystemExit
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained", squeeze=False)
     for (name, label), ax in zip(names.items(), panels[0], strict=True):
         for method in dict.fromkeys(row["method"] for row in curves if "step" in row and name in row):
@@ -116,6 +124,5 @@ if __name__ == "__main__":
             style = "--" if "authors" in method else "-"
             ax.plot(steps, mean, style, color=colour(method), label=method)
         ax.set(xlabel="round (DRAKES: update)", ylabel=label)
-    if names:
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-        figure.savefig(args.out / "rounds.png", dpi=120)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    figure.savefig(args.out / "rounds.png", dpi=120)

@@ -65,6 +65,8 @@ if __name__ == "__main__":
         state = torch.load(args.run / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"{args.run}/checkpoint.pt cannot be used: {str(error).splitlines()[0]}") from None
+    if args.out.resolve() == args.run.resolve():
+        raise SystemExit(f"{args.out} is the run itself; choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {name: state[name] for name in ("script", "args", "global_step")}
     kept["args"] = kept["args"] | dict(device="cpu", compile=False)  # runs anywhere, at once

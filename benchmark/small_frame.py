@@ -5,7 +5,8 @@
     python benchmark/small_frame.py --runs runs/baselines                         # makes the file from a sweep first
 
 mujoco/cost.csv has the milliseconds per update, by train_speed.py on one core; with it, the returns at equal computing
-time, evaluations left out, are printed, and drawn beside the ones at equal steps: mujoco/small_frame.png.
+time, evaluations left out, between two evaluations linearly, are printed, and drawn beside the ones at equal steps:
+mujoco/small_frame.png, or small_frame_ENVIRONMENT.png.
 """
 
 import csv
@@ -45,6 +46,8 @@ def export(runs, path):
         (evaluations,) = finished.parent.glob("runs/*/eval.csv")
         for row in csv.DictReader(evaluations.open()):
             rows.append((label(script, flags), env_id, int(seed), int(row["step"]), round(float(row["mean"]), 3)))
+    if not rows:
+        raise SystemExit(f"--runs {runs}: there is no finished run of a sweep below it")
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *sorted(rows)])
 
@@ -80,6 +83,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.runs:
         export(args.runs, args.csv)
+    if not args.csv.is_file():
+        raise SystemExit(f"--csv {args.csv}: there is no such file")
     curves = defaultdict(lambda: defaultdict(dict))  # method -> seed -> step -> return
     for row in csv.DictReader(args.csv.open()):
         if row["env_id"] == args.env_id:
@@ -89,7 +94,7 @@ if __name__ == "__main__":
     last = {method: {seed: x[max(x)] for seed, x in sorted(seeds.items())} for method, seeds in curves.items()}
     for method, returns in last.items():
         print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
-    for one, other in itertools.permutations(last, 2):
+    for one, other in itertools.combinations(last, 2):
         seeds = sorted(last[one].keys() & last[other].keys())
         if len(seeds) > 1:
             differences = [last[one][seed] - last[other][seed] for seed in seeds]
@@ -105,7 +110,8 @@ if __name__ == "__main__":
     known = [method for method in curves if method in costs]
     budget = min((minutes(method, max(x)) for method in known for x in curves[method].values()), default=0)
     for method in known:
-        values = [x[max(step for step in x if minutes(method, step) <= budget)] for x in curves[method].values()]
+        step = args.learning_starts + 60_000 * budget / costs[method]
+        values = [np.interp(step, sorted(x), [x[s] for s in sorted(x)]) for x in curves[method].values()]
         print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
     if args.csv == HERE / "small_frame.csv":
-        draw(curves, minutes, HERE / "small_frame.png")
+        draw(curves, minutes, HERE / f"small_frame{'' if args.env_id == Args.env_id else '_' + args.env_id}.png")

@@ -12,8 +12,9 @@ import csv
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import torch
@@ -27,13 +28,13 @@ import simpo_neg as simpo
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # sizes of observations and actions are taken from it
-    num_particles: int = 32  # K
-    batch_size: int = 256  # states per update
-    hidden_dim: int = 256  # units per hidden layer
-    solver: str = "dpm"  # dpm or ddpm
-    diffusion_steps: int = 0  # network calls of a draw; 0: 8 for dpm, 20 for ddpm
+    num_particles: simpo.Count = 32  # K
+    batch_size: simpo.Count = 256  # states per update
+    hidden_dim: simpo.Count = 256  # units per hidden layer
+    solver: Literal["dpm", "ddpm"] = "dpm"
+    diffusion_steps: simpo.Natural = 0  # network calls of a draw; 0: 8 for dpm, 20 for ddpm
     device: str = "cpu"  # cpu or cuda
-    policy_dtype: str = simpo.Args().policy_dtype  # float32 or bfloat16
+    policy_dtype: Literal["float32", "bfloat16"] = simpo.Args.policy_dtype
     repeats: int = 20  # timed calls of each part; the median is printed
     scaling: bool = False  # measure over K, batch size and solver steps instead
 
@@ -131,7 +132,16 @@ def scaling(args, obs_dim, action_dim):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    args.diffusion_steps = args.diffusion_steps or {"dpm": 8, "ddpm": 20}[args.solver]
+    shared = {field.name: getattr(args, field.name) for field in fields(args)} | dict(target_kl=1e-9)
+    checked = simpo.Args(**{name: value for name, value in shared.items() if hasattr(simpo.Args, name)})
+    checked.check()  # bad values end it with one line
+    if args.repeats < 1:
+        raise SystemExit(f"--repeats must be at least 1; got {args.repeats}")
+    args.diffusion_steps = checked.diffusion_steps
+    try:
+        torch.zeros((), device=args.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     gym.logger.min_level = gym.logger.ERROR
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # as in simpo_neg.py
     envs = gym.vector.SyncVectorEnv([lambda: simpo.make_env(args)] * 5)

@@ -5,8 +5,10 @@
 
 Prints and writes table.csv (per method and task: interquartile mean of the last evaluation, and area under the curve)
 and improvement.csv (chance that one method's run beats another's); draws curves.png and, if all tasks share one scale,
-profiles.png. Intervals are of 95%, by the percentile bootstrap over seeds, tasks resampled separately: with five seeds
-they are somewhat too narrow. Not named statistics.py, which would hide Python's own module from torch.compile.
+profiles.png. Intervals are of 95%, by the percentile bootstrap over seeds, tasks resampled separately. With few seeds
+they are too narrow: of normal returns, those of the IQM of one task hold the truth in 90% of all cases with five seeds,
+in 93% with ten; below four seeds (71% with three) none is given. Not named
+statistics.py, which would hide Python's own module from torch.compile.
 """
 
 import csv
@@ -50,10 +52,10 @@ def area(steps, returns):
 def interval(statistic, *tasks, resamples=5000):
     """Stratified percentile bootstrap: statistic(*tasks, axis) on arrays (..., n) -> value, low and high of 95%.
 
-    Low and high are NaN if a task has one run only: nothing is known of the spread.
+    Low and high are NaN if a task has fewer than four runs: they would say too little of the spread.
     """
     value = statistic(*tasks, axis=-1)
-    if min(task.shape[-1] for task in tasks) < 2:
+    if min(task.shape[-1] for task in tasks) < 4:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
     options = dict(vectorized=True, axis=-1, method="percentile", n_resamples=resamples)
     ends = scipy.stats.bootstrap(tasks, statistic, rng=np.random.default_rng(0), **options).confidence_interval
@@ -81,6 +83,8 @@ def collect(paths):
     """
     found, values = [], defaultdict(set)  # (script, argument) -> its values
     for path in sorted(file for folder in paths for file in Path(folder).rglob("eval.csv")):
+        if not (path.parent / "args.json").exists() or path.parent.name.count("__") < 3:
+            raise SystemExit(f"{path.parent} is no run: no args.json, or not named ENVIRONMENT__SCRIPT__SEED__TIME")
         args, script = json.loads((path.parent / "args.json").read_text()), path.parent.name.rsplit("__", 3)[1]
         found.append((path, script, args))
         for name, value in args.items():
@@ -166,6 +170,8 @@ if __name__ == "__main__":
             if name not in methods:
                 raise SystemExit(f"--zero and --one must be methods with runs on {task}: {', '.join(methods)}")
         zero, one = (methods[name][1][:, -1].mean() for name in (args.zero, args.one))
+        if one <= zero:
+            raise SystemExit(f"--one must return more than --zero; on {task} it is {one:.4g}, not above {zero:.4g}")
         curves[task] = {name: (steps, (returns - zero) / (one - zero)) for name, (steps, returns) in methods.items()}
     last = {task: {name: x[:, -1] for name, (_, x) in methods.items()} for task, methods in curves.items()}
     areas = {task: {name: area(*run) for name, run in methods.items()} for task, methods in curves.items()}

@@ -63,7 +63,8 @@ def train(folder, command, cpus, gpus):
         print(os.getpid(), "on", os.uname().nodename, file=lock, flush=True)
         if (folder / "command").exists() and (folder / "command").read_text() != shlex.join(command):
             raise RuntimeError(f"{folder} was made by another command, see {folder / 'command'}; choose another --out")
-        (folder / "command").write_text(shlex.join(command))
+        (folder / "command.unfinished").write_text(shlex.join(command))
+        os.replace(folder / "command.unfinished", folder / "command")
         if (folder / "finished").exists():
             return
         checkpoints = list(folder.glob("runs/*/checkpoint.pt"))
@@ -103,7 +104,12 @@ def last_line(text):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for script, *_ in map(str.split, args.scripts):
+    if not (args.scripts and args.env_ids and args.seeds and args.flags):
+        raise SystemExit('--scripts, --env-ids, --seeds and --flags need a value each; --flags "" adds none')
+    if args.cpus <= 0 or args.gpus < 0 or args.retries < 0:
+        raise SystemExit("--cpus must be above 0, --gpus and --retries at least 0")
+    for entry in args.scripts:
+        script = "".join(entry.split()[:1])
         if not Path(script).is_file():
             raise SystemExit(f"--scripts {script}: there is no such file")
     quiet = dict(log_to_driver=False, include_dashboard=False, logging_level="ERROR")

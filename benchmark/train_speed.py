@@ -30,13 +30,16 @@ class Args:
 def milliseconds(script, args):
     """Trains in a folder that goes away -> milliseconds per update, median over parts of the training's second half.
 
-    Raises SystemExit with the last line of what the script said, if it failed.
+    Raises SystemExit with the last line of what the script said, if it failed, and for a flag that is set here.
     """
     path, *flags = script.split()
     part = -(-args.updates * args.steps_per_update // 100) * 5  # environment steps, a multiple of 5 environments
     steps = dict(learning_starts=1000, total_timesteps=1000 + 40 * part, log_every=part, eval_every=0)
     own = dict(env_id=args.env_id, steps_per_update=args.steps_per_update) | steps
     command = [sys.executable, Path(path).resolve(), *(f"--{name.replace('_', '-')}={own[name]}" for name in own)]
+    for flag in [*args.frame.split(), *flags]:
+        if flag.split("=")[0].replace("-", "_") in own:
+            raise SystemExit(f"{flag}: {', '.join(own)} are this script's own; leave it out, or give its flag here")
     with tempfile.TemporaryDirectory() as folder:
         command += [f"--{flag}" for flag in [*args.frame.split(), *flags]]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -134,6 +134,8 @@ def test_learns_a_point_mass(run_script, script):
     flags = [*LEARN.split(), *SMALL, "--total-timesteps", 2400, "--eval-every", 1200, "--old-policy-interval", 50]
     run_dir = run_script(script, *flags)
     assert read_eval(run_dir)[-1]["mean"] > -1.0
+    updates = torch.load(run_dir / "checkpoint.pt", weights_only=True)["num_updates"]
+    assert updates == 1000  # one per 2 steps, so 2 or 3 per step of the 5 environments
     assert set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]) == LOGGED
 
 

@@ -123,6 +123,7 @@ def main_blocks(script):
         ("# Arguments. --resume", " critic_lr"),
         ("changed = [", "# The machine."),
         ("# The machine.", "# Environments, networks"),
+        ("obs_dim, action_dim = envs", "critic = Critic"),
         ("def reset(which)", "# Replay buffer."),
         ("global_step, num_updates, evaluations = saved", "if not np.array_equal(obs, saved"),
         ("# The run's directory and logs.", "state = {name"),

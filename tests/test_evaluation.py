@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -27,17 +28,33 @@ def test_takes_the_draw_that_both_critics_like():
 
     class Policy:
         def sample(self, obs, num_actions, generator):
+            assert num_actions == 7  # eval_draws
             return torch.tensor([-1.0, 0.0, 1.0])[None, :, None].expand(len(obs), 3, 1)
 
     def critic(obs, action):
         knows = -((obs[:, None] + 0.4 * action) ** 2)[..., 0]
         return torch.stack([knows, 100.0 * (action[..., 0] == 1)])
 
-    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50)
+    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50, eval_draws=7)
     returns = simpo_neg.evaluate(Policy(), critic, args)
     # From |x| <= 1 the best of the three brings x to within 0.2 in at most two steps and keeps it there.
     assert returns.shape == (50,) and returns.min() > -(0.6**2) - 9 * 0.2**2 - 1e-6
     assert len(np.unique(returns)) == 50
+
+
+def test_evaluation_is_in_the_native_reward(monkeypatch):
+    """Of 1,000 steps of DM Control the first; the policy trains on another reward, which is larger."""
+    make_env, kinds = simpo_neg.make_env, []
+
+    def one_step(args, training=False, video_folder=None):
+        kinds.append(training)
+        return gym.wrappers.TimeLimit(make_env(args, training, video_folder), 1)
+
+    monkeypatch.setattr(simpo_neg, "make_env", one_step)
+    policy = simpo_neg.DiffusionPolicy(17, 6, 8, "dpm", 3)
+    args = simpo_neg.Args(env_id="dm_control/cheetah-run-v0", reward_landscape="sqrt", eval_episodes=2)
+    simpo_neg.evaluate(policy, simpo_neg.Critic(17, 6, 8), args)
+    assert kinds == [False, False]
 
 
 def test_only_the_first_episode_of_each_environment_counts():

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from conftest import SMALL
 
 import simpo_neg
+
+DTYPES = ["float32", "bfloat16"]
 
 
 @torch._inductor.config.patch(cpp_wrapper=True)  # as the scripts have it on a CPU
@@ -51,3 +54,10 @@ def test_bfloat16_draws_and_losses_follow_float32_ones(size):
     assert draws[1].dtype == torch.float32 and losses[1].dtype == torch.float32
     assert 0 < (draws[0] - draws[1]).abs().mean() < 0.002 < 0.1 < (draws[0] - draws[2]).abs().mean()
     assert 0 < (losses[0] - losses[1]).abs() < 0.001 < 0.01 < (losses[0] - losses[2]).abs()
+
+
+def test_policy_dtype_reaches_the_policy(run_script):
+    flags = ["--env-id", "small_envs:PointMass-v0", *SMALL, *"--learning-starts 95 --total-timesteps 100".split()]
+    files = [run_script("simpo_neg", *flags, "--policy-dtype", name) / "checkpoint.pt" for name in DTYPES]
+    single, half = (torch.load(file, weights_only=True)["policy"] for file in files)
+    assert any(not torch.equal(single[name], half[name]) for name in single)

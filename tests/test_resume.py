@@ -169,7 +169,7 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     [
         *("--env-id Hopper-v4", "--buffer-size 300", "--seed 2", "--num-envs 4", "--hidden-dim 64"),
         *("--solver ddpm", "--diffusion-steps 6", "--critic-lr 1e-3", "--temperature 1", "--temperature-lr 1"),
-        "--device cpu:0",
+        *("--device cpu:0", "--landscape-c 1", "--reward-landscape exp"),
     ],
 )
 def test_resume_refuses_what_cannot_change(run_in, shared_run, changed):
@@ -207,6 +207,7 @@ def test_resume_takes_new_flags(run_in, tmp_path):
     rows = list(csv.DictReader((run_dir / "eval.csv").open()))
     assert [float(row["step"]) for row in rows] == [90, 180, 270]
     assert [len(row["returns"].split()) for row in rows] == [5, 5, 7]
+    assert float(rows[1]["seconds"]) < float(rows[2]["seconds"])  # the clock goes on
     args = read_checkpoint(tmp_path / "run")["args"]
     assert args["epsilon"] == 0.25 and args["num_particles"] == 4 and args["buffer_size"] == 150
 

@@ -4,18 +4,25 @@ import csv
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
 def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path):
-    for flags, seed, returns in ("num-particles=8", 1, (1, 7)), ("num-particles=8", 2, (3, 9)), ("power=2", 1, (5, 6)):
+    runs = [
+        ("num-particles=8", 1, (1, 7)),
+        ("num-particles=8", 2, (3, 9)),
+        ("power=2", 1, (5, 6)),
+        ("power=2", 2, (1, 6)),
+    ]
+    for flags, seed, returns in runs:
         folder = tmp_path / "runs/simpo_neg/Pendulum-v1" / flags / str(seed)
         (folder / "runs/run").mkdir(parents=True)
         (folder / "finished").touch()
         rows = [f"{step},{x},0,9,{x}" for step, x in zip((100, 300), returns, strict=True)]
         (folder / "runs/run/eval.csv").write_text("\n".join(["step,mean,std,seconds,returns", *rows]))
-    (tmp_path / "runs/simpo_neg/Pendulum-v1/power=2/2").mkdir()  # it has not finished
-    # After 100 steps 200 updates: 2 minutes for one method, 4 for the other, which thus has 100 updates only.
+    (tmp_path / "runs/simpo_neg/Pendulum-v1/power=2/3").mkdir()  # it has not finished
+    # After 100 steps 200 updates: 2 minutes for one method, 4 for the other, which then is halfway from 100 to 300.
     (tmp_path / "cost.csv").write_text(
         "script,flags,milliseconds\nsimpo_neg,num-particles=8,600\nsimpo_neg,power=2,1200\n"
     )
@@ -30,12 +37,21 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == [
         "simpo_neg: 7, 9; 8 [-5, 21]",  # 8 +- 12.706 standard errors of 1
-        "simpo_neg power=2: 6; 6",
+        "simpo_neg power=2: 6, 6; 6 [6, 6]",
+        "simpo_neg minus simpo_neg power=2, 2 seeds: 2 [-11, 15]",
         "simpo_neg, 600.0 ms per update, within 2.0 minutes: 8 [-5, 21]",
-        "simpo_neg power=2, 1200.0 ms per update, within 2.0 minutes: 5",
+        "simpo_neg power=2, 1200.0 ms per update, within 2.0 minutes: 4 [-8, 17]",
     ]
     with open(tmp_path / "out.csv") as file:
         assert list(csv.reader(file))[1] == ["simpo_neg", "Pendulum-v1", "1", "100", "1.0"]
+
+
+def test_small_frame_writes_nothing_without_runs(tmp_path):
+    (tmp_path / "out.csv").write_text("kept")
+    command = [sys.executable, "benchmark/small_frame.py", f"--runs={tmp_path}", f"--csv={tmp_path / 'out.csv'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "no finished run" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "out.csv").read_text() == "kept"
 
 
 def test_train_speed_takes_the_median_per_update_of_the_second_half(tmp_path):
@@ -44,19 +60,29 @@ def test_train_speed_takes_the_median_per_update_of_the_second_half(tmp_path):
         "import sys; from torch.utils.tensorboard import SummaryWriter\n"
         "flags = dict(flag.lstrip('-').split('=') for flag in sys.argv[1:])\n"
         "part, end, clock = int(flags['log-every']), int(flags['total-timesteps']), 0\n"
-        "assert end == 1000 + 40 * part and part == 50 and flags['size'] == '8' and flags['eval-every'] == '0'\n"
+        "assert end == 1000 + 40 * part and part == 50 and flags['eval-every'] == '0'\n"
+        "assert flags['size'] == flags['width'] == '8'\n"
         "writer = SummaryWriter('runs/run')\n"
         "for step in range(1000 + part, end + 1, part):\n"
         "    clock += part * (0.001 if step > 1000 + 20 * part else 0.009) + 60 * (step == end)\n"
         "    writer.add_scalar('loss/critic', 0, step, walltime=1e9 + clock)\n"
         "writer.close()\n"
     )
-    command = [sys.executable, ROOT / "benchmark/train_speed.py", "stand_in.py size=8", "--updates=200"]
+    command = [
+        sys.executable,
+        ROOT / "benchmark/train_speed.py",
+        "stand_in.py size=8",
+        "--updates=200",
+        "--frame=width=8",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout == "script,flags,milliseconds\nstand_in,size=8,5.00\n"  # an update is 5 steps
 
 
-def test_train_speed_says_why_a_script_failed():
-    command = [sys.executable, "benchmark/train_speed.py", "simpo_neg.py num-particles=0"]
+@pytest.mark.parametrize(
+    "flag, why", [("num-particles=0", "--num-particles must be at least 1"), ("eval-every=9", "eval-every=9: env_id, ")]
+)
+def test_train_speed_says_why_a_script_failed(flag, why):
+    command = [sys.executable, "benchmark/train_speed.py", f"simpo_neg.py {flag}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "--num-particles must be at least 1" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and why in result.stderr.splitlines()[-1]
