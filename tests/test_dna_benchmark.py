@@ -248,5 +248,10 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     assert len(list(csv.DictReader(Path("table/rows.csv").open()))) == 6
     assert all(Path("table", name).stat().st_size > 5000 for name in ("score_likelihood.png", "rounds.png"))
     Path("no").mkdir()
-    with pytest.raises(SystemExit, match="no is no finished run"):
-        run_file("benchmark/dna_table.py", "kl", "no")
+    run("twice", {}, [row("cg", 1, 4.0)])
+    for other, why in ("no", "no is no finished run"), ("twice", "twice: another run has cg, seed 1, too"):
+        with pytest.raises(SystemExit, match=why):
+            run_file("benchmark/dna_table.py", "kl", "cg", other)
+    with pytest.raises(SystemExit) as end:  # guidance alone has no rounds to draw
+        run_file("benchmark/dna_table.py", "cg", "--out", "guided")
+    assert end.value.code is None and not Path("guided/rounds.png").exists()

@@ -146,6 +146,8 @@ def test_command_refuses_what_it_cannot_compare(tmp_path):
     assert "no eval.csv below runs" in command(tmp_path).stderr
     one = make_run(tmp_path, "simpo_exp", 1, [1, 7], env_id="A-v0")
     assert "--zero and --one must be methods with runs on A-v0: simpo_exp" in command(tmp_path, "--one", "sac").stderr
+    same = command(tmp_path, "--zero", "simpo_exp", "--one", "simpo_exp").stderr
+    assert same.startswith("--one must return more than --zero; on A-v0")
     two = make_run(tmp_path, "simpo_exp", 1, [1, 7], env_id="A-v0")
     (error,) = command(tmp_path).stderr.splitlines()
     assert "two runs of one seed" in error and one.name in error and two.name in error
