@@ -5,8 +5,7 @@
     python benchmark/small_frame.py --runs runs/baselines                         # makes the file from a sweep first
 
 mujoco/cost.csv has the milliseconds per update, by train_speed.py on one core; with it, the returns at equal computing
-time, evaluations left out, between two evaluations linearly, are printed, and drawn beside the ones at equal steps:
-mujoco/small_frame.png, or small_frame_ENVIRONMENT.png.
+time, evaluations left out, between two evaluations linearly, are printed. Both are drawn beside --csv, as .png.
 """
 
 import csv
@@ -21,6 +20,10 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).parent / "mujoco"
+PAPER = {  # its names of the weightings
+    **{"simpo_exp": "Exp", "simpo_power": "Linear", "simpo_power power=2": "Square"},
+    **{"simpo_neg": "Lin. Neg.", "simpo_neg power=2": "Sqr. Neg."},
+}
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 
 
@@ -61,21 +64,26 @@ def mean(values):
 
 
 def draw(curves, minutes, path):
-    """Means over seeds with t-intervals, over environment steps and over minutes of computing."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for i, (method, seeds) in enumerate(curves.items()):
-        steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
-        returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
-        for panel, x in zip(panels, (steps, [minutes(method, step) for step in steps]), strict=True):
-            if None not in x:
-                panel.plot(x, returns.mean(0), color=f"C{i}", label=f"{method} ({len(returns)})")
-                if len(returns) > 1:
-                    low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
-                    panel.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-    panels[0].set(xlabel="environment steps", ylabel="return: mean over (seeds), 95% interval")
-    panels[1].set(xlabel="minutes of one core, evaluations left out")
-    panels[0].legend(fontsize="small", frameon=False)
+    """Means over seeds with t-intervals, over steps and over minutes; first SiMPO, then Lin. Neg. and all others."""
+    ours = [method for method in PAPER if method in curves]
+    others = [method for method in curves if method == "simpo_neg" or method not in PAPER]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    rows = figure.subplots(2, 2, sharex="col", sharey=True)
+    for panels, group in zip(rows, (ours, others), strict=True):
+        for i, method in enumerate(group):
+            seeds = curves[method]
+            steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
+            returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
+            for panel, x in zip(panels, (steps, [minutes(method, step) for step in steps]), strict=True):
+                if None not in x:
+                    panel.plot(x, returns.mean(0), color=f"C{i}", label=f"{PAPER.get(method, method)} ({len(returns)})")
+                    if len(returns) > 1:
+                        low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
+                        panel.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
+        panels[0].set(ylabel="return: mean over (seeds), 95% interval")
+        panels[0].legend(fontsize="small", frameon=False)
+    rows[1, 0].set(xlabel="environment steps")
+    rows[1, 1].set(xlabel="minutes of one core, evaluations left out")
     figure.savefig(path, dpi=100)
 
 
@@ -113,5 +121,5 @@ if __name__ == "__main__":
         step = args.learning_starts + 60_000 * budget / costs[method]
         values = [np.interp(step, sorted(x), [x[s] for s in sorted(x)]) for x in curves[method].values()]
         print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
-    if args.csv == HERE / "small_frame.csv":
-        draw(curves, minutes, HERE / f"small_frame{'' if args.env_id == Args.env_id else '_' + args.env_id}.png")
+    other_task = "" if args.env_id == Args.env_id else f"_{args.env_id.replace('/', '-')}"
+    draw(curves, minutes, args.csv.with_name(f"{args.csv.stem}{other_task}.png"))
