@@ -2,7 +2,8 @@
 
     MUJOCO_GL=egl python benchmark/publish.py runs/RUN models/HalfCheetah-v4
 
-Keeps of the checkpoint what evaluation needs: policy, critics and arguments; eval.csv and learning_curve.png go along.
+Keeps of the checkpoint what evaluation needs: policy, critics and arguments, in float32 and not compiled, so that
+it runs anywhere at once; returns differ by rounding. eval.csv and learning_curve.png go along.
 policy.gif shows the start of an episode, acting as in evaluation, in real time, from the camera that follows.
 """
 
@@ -69,7 +70,7 @@ if __name__ == "__main__":
         raise SystemExit(f"{args.out} is the run itself; choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {name: state[name] for name in ("script", "args", "global_step")}
-    kept["args"] = kept["args"] | dict(device="cpu", compile=False)  # runs anywhere, at once
+    kept["args"] = kept["args"] | dict(device="cpu", policy_dtype="float32", compile=False)  # runs anywhere, at once
     kept |= {name: {key: x.clone() for key, x in state[name].items()} for name in ("policy", "critic")}
     torch.save(kept, args.out / "checkpoint.pt")
     for name in ("eval.csv", "learning_curve.png"):

@@ -1,0 +1,31 @@
+"""The run of the paper's length beside the paper's return (Table 2): mujoco/paper_frame.csv and .png.
+
+    python benchmark/paper_frame.py              # draws paper_frame.csv
+    python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: the same run, gone on
+"""
+
+import csv
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent / "mujoco"
+PAPER = 13_900  # its best variant on HalfCheetah-v4 after 1M steps
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        if not Path(sys.argv[1], "eval.csv").is_file():
+            raise SystemExit(f"{sys.argv[1]} has no eval.csv; give the directory of a run, runs/<run_name>")
+        shutil.copy(Path(sys.argv[1], "eval.csv"), HERE / "paper_frame.csv")
+    rows = list(csv.DictReader((HERE / "paper_frame.csv").open()))
+    step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
+    axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+    axes.plot(step, mean, label="simpo_neg.py, HalfCheetah-v4, seed 1: mean and deviation of 20 episodes")
+    axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
+    axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
+    axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return")
+    axes.legend(fontsize="small", frameon=False, loc="lower right")
+    axes.figure.savefig(HERE / "paper_frame.png", dpi=100)
