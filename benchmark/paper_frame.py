@@ -1,7 +1,7 @@
 """The run of the paper's length beside the paper's return (Table 2): mujoco/paper_frame.csv and .png.
 
-    python benchmark/paper_frame.py              # draws paper_frame.csv
-    python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: the same run, gone on
+python benchmark/paper_frame.py              # draws paper_frame.csv
+python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: the same run, gone on
 """
 
 import csv
