@@ -118,7 +118,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     try:
         torch.zeros((), device=args.device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
     os.environ.setdefault("MUJOCO_GL", "disable")

@@ -30,6 +30,10 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if not (args.runs and args.seeds and args.out.parent.is_dir()):
+        raise SystemExit(
+            f"give runs and --seeds, one or more of each, and an --out in a folder that is there: {args.out}"
+        )
     try:
         made = dna.Args(**json.loads((args.runs[0] / "args.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -37,8 +41,13 @@ if __name__ == "__main__":
     x, y, (_, for_eval, held_out), _ = dna.read_data(made)
     drawn = {}  # (run, method) -> the sequences of each seed
     for run in args.runs:
-        for file in sorted(run.glob("*-seed*.fasta")):
+        files = sorted(run.glob("*-seed*.fasta"))
+        if not files:
+            raise SystemExit(f"{run} has no METHOD-seedN.fasta; give finished runs")
+        for file in files:
             lines = [line for line in file.read_text().split() if not line.startswith(">")]
+            if {len(line) for line in lines} != {x.shape[1]}:
+                raise SystemExit(f"{file}: its sequences are not of {x.shape[1]} bases as those of {args.runs[0]}")
             sequences = torch.tensor([[dna.LETTERS.index(letter) for letter in line] for line in lines])
             drawn.setdefault((run.name, file.name.rpartition("-seed")[0]), []).append(sequences)
     rows = []

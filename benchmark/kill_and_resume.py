@@ -93,6 +93,8 @@ def differences(one, other, path=""):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if not args.out.parent.is_dir():
+        raise SystemExit(f"--out {args.out}: there is no such folder")
     generator = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as calm, tempfile.TemporaryDirectory() as disturbed:
         if start("simpo_neg", FLAGS.split(), Path(calm)).wait():

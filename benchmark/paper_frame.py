@@ -17,9 +17,12 @@ PAPER = 13_900  # its best variant on HalfCheetah-v4 after 1M steps
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        if not Path(sys.argv[1], "eval.csv").is_file():
+        new, kept = Path(sys.argv[1], "eval.csv"), HERE / "paper_frame.csv"
+        if not new.is_file():
             raise SystemExit(f"{sys.argv[1]} has no eval.csv; give the directory of a run, runs/<run_name>")
-        shutil.copy(Path(sys.argv[1], "eval.csv"), HERE / "paper_frame.csv")
+        if not new.read_text().startswith(kept.read_text()):
+            raise SystemExit(f"{new} does not go on where {kept} ends: it is another run's")
+        shutil.copy(new, kept)
     rows = list(csv.DictReader((HERE / "paper_frame.csv").open()))
     step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
     axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()

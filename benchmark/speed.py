@@ -140,7 +140,7 @@ if __name__ == "__main__":
     args.diffusion_steps = checked.diffusion_steps
     try:
         torch.zeros((), device=args.device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     gym.logger.min_level = gym.logger.ERROR
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # as in simpo_neg.py

@@ -207,8 +207,18 @@ def test_scores_by_other_oracles(run_dna, tmp_path, capsys):  # noqa: F811
     for row in rows:
         own, other = (again[row["method"], seed] for seed in ("1", "7"))
         assert own == pytest.approx(float(row["pred_activity"]), abs=2e-3) and abs(own - other) > 1e-3
-    with pytest.raises(SystemExit, match="nothing is no run of dna_finetune.py"):
-        run_file("benchmark/dna_rescore.py", "nothing")
+    (tmp_path / "other-seed1.fasta").write_text(">x\nACGT\n")
+    wrong = [
+        ("nothing", "nothing is no run of dna_finetune.py"),
+        (made, tmp_path / "none", "none has no METHOD-seedN.fasta"),
+    ]
+    wrong += [
+        (made, tmp_path, "other-seed1.fasta: its sequences are not of"),
+        (made, "--out", "no/x", "an --out in a folder"),
+    ]
+    for *flags, why in wrong:
+        with pytest.raises(SystemExit, match=why):
+            run_file("benchmark/dna_rescore.py", *flags)
 
 
 def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):

@@ -54,6 +54,18 @@ def test_small_frame_writes_nothing_without_runs(tmp_path):
     assert (tmp_path / "out.csv").read_text() == "kept"
 
 
+def test_the_paper_frame_takes_no_other_run(tmp_path):
+    kept = ROOT / "benchmark/mujoco/paper_frame.csv"
+    before = kept.read_text()
+    (tmp_path / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
+    for folder, why in (tmp_path, "it is another run's"), (tmp_path / "none", "has no eval.csv"):
+        result = subprocess.run(
+            [sys.executable, "benchmark/paper_frame.py", folder], cwd=ROOT, capture_output=True, text=True
+        )
+        assert result.returncode == 1 and why in result.stderr and len(result.stderr.splitlines()) == 1
+    assert kept.read_text() == before
+
+
 def test_train_speed_takes_the_median_per_update_of_the_second_half(tmp_path):
     """A stand-in whose clock goes on by 1 ms a step in the second half, once by a minute, and by 9 ms a step before."""
     (tmp_path / "stand_in.py").write_text(
