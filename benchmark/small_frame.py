@@ -1,11 +1,12 @@
 """Means and paired differences of the small frame's last evaluations, with 95% t-intervals: mujoco/small_frame.csv.
 
-    python benchmark/small_frame.py                                               # the tables of benchmark/README.md
-    python benchmark/small_frame.py --csv benchmark/mujoco/small_frame_30k.csv    # those of 30,000 steps
-    python benchmark/small_frame.py --runs runs/baselines                         # makes the file from a sweep first
+    python benchmark/small_frame.py                               # the numbers of benchmark/README.md
+    python benchmark/small_frame.py --csv benchmark/mujoco/small_frame_30k.csv --env-ids HalfCheetah-v4
+    python benchmark/small_frame.py --runs runs/small             # adds a sweep's runs to the file first
 
+Over more than one task: the chance that a run of one method beats one of the other on the same task (stats.py).
 mujoco/cost.csv has the milliseconds per update, by train_speed.py on one core; with it, the returns at equal computing
-time, evaluations left out, between two evaluations linearly, are printed. Both are drawn beside --csv, as .png.
+time, evaluations left out, between two evaluations linearly, are printed. All is drawn beside --csv, as .png.
 """
 
 import csv
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import stats
 import tyro
 from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
@@ -29,11 +31,11 @@ OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # f
 
 @dataclass
 class Args:
-    env_id: str = "HalfCheetah-v4"
+    env_ids: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
     csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
     cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
     learning_starts: int = 5_000  # environment steps before the first update; then there is one for each
-    runs: Path | None = None  # a sweep's --out: its finished runs become --csv
+    runs: Path | None = None  # a sweep's --out: its finished runs are added to --csv, in place of equal ones
 
 
 def label(script, flags):
@@ -41,18 +43,32 @@ def label(script, flags):
     return " ".join([script, *(flag for flag in flags.split() if flag not in OURS)])
 
 
-def export(runs, path):
-    """Writes every evaluation of a sweep's finished runs, SCRIPT/ENVIRONMENT/FLAGS/SEED below runs, to path."""
-    rows = []
-    for finished in runs.glob("*/*/*/*/finished"):
-        script, env_id, flags, seed = finished.parts[-5:-1]
-        (evaluations,) = finished.parent.glob("runs/*/eval.csv")
-        for row in csv.DictReader(evaluations.open()):
-            rows.append((label(script, flags), env_id, int(seed), int(row["step"]), round(float(row["mean"]), 3)))
-    if not rows:
-        raise SystemExit(f"--runs {runs}: there is no finished run of a sweep below it")
+def read(path):
+    """{(method, task, seed): {step: return}} of a file of evaluations; none if there is no such file."""
+    runs = defaultdict(dict)
+    if path.is_file():
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                runs[row["method"], row["env_id"], int(row["seed"])][int(row["step"])] = float(row["mean"])
+    return runs
+
+
+def add(sweep, path):
+    """Adds a sweep's finished runs, SCRIPT/ENVIRONMENT/FLAGS/SEED below sweep, to path, in place of equal ones."""
+    runs = read(path)
+    finished = sorted(sweep.glob("*/*/*/*/finished"))
+    if not finished:
+        raise SystemExit(f"--runs {sweep}: there is no finished run of a sweep below it")
+    for file in finished:
+        script, env_id, flags, seed = file.parts[-5:-1]
+        (evaluations,) = file.parent.glob("runs/*/eval.csv")
+        steps, returns = stats.read(evaluations)
+        runs[label(script, flags), env_id, int(seed)] = dict(
+            zip(steps.tolist(), returns.round(3).tolist(), strict=True)
+        )
+    rows = [(*run, *point) for run, curve in sorted(runs.items()) for point in curve.items()]
     with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *sorted(rows)])
+        csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *rows])
 
 
 def mean(values):
@@ -64,62 +80,77 @@ def mean(values):
 
 
 def draw(curves, minutes, path):
-    """Means over seeds with t-intervals, over steps and over minutes; first SiMPO, then Lin. Neg. and all others."""
-    ours = [method for method in PAPER if method in curves]
-    others = [method for method in curves if method == "simpo_neg" or method not in PAPER]
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    rows = figure.subplots(2, 2, sharex="col", sharey=True)
-    for panels, group in zip(rows, (ours, others), strict=True):
-        for i, method in enumerate(group):
-            seeds = curves[method]
-            steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
-            returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
-            for panel, x in zip(panels, (steps, [minutes(method, step) for step in steps]), strict=True):
+    """Means over seeds with t-intervals, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes."""
+    figure = Figure(figsize=(max(5.5, 4 * len(curves)), 10), layout="constrained")
+    for column, (env_id, methods) in zip(
+        figure.subplots(3, len(curves), sharey="col", squeeze=False).T, curves.items(), strict=True
+    ):
+        ours = [method for method in PAPER if method in methods]
+        others = [method for method in methods if method == "simpo_neg" or method not in PAPER]
+        for panel, group in zip(column, (ours, others, others), strict=True):
+            for i, method in enumerate(group):
+                seeds = methods[method]
+                steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
+                returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
+                x = [minutes(method, step) for step in steps] if panel is column[2] else steps
                 if None not in x:
                     panel.plot(x, returns.mean(0), color=f"C{i}", label=f"{PAPER.get(method, method)} ({len(returns)})")
                     if len(returns) > 1:
                         low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
                         panel.fill_between(x, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-        panels[0].set(ylabel="return: mean over (seeds), 95% interval")
-        panels[0].legend(fontsize="small", frameon=False)
-    rows[1, 0].set(xlabel="environment steps")
-    rows[1, 1].set(xlabel="minutes of one core, evaluations left out")
+        column[0].set(title=env_id)
+        column[0].legend(fontsize="small", frameon=False)
+        column[1].legend(fontsize="small", frameon=False)
+        column[1].set(xlabel="environment steps")
+        column[2].set(xlabel="minutes of one core, evaluations left out")
+    figure.supylabel("return: mean over (seeds), 95% interval")
     figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.runs:
-        export(args.runs, args.csv)
-    if not args.csv.is_file():
-        raise SystemExit(f"--csv {args.csv}: there is no such file")
-    curves = defaultdict(lambda: defaultdict(dict))  # method -> seed -> step -> return
-    for row in csv.DictReader(args.csv.open()):
-        if row["env_id"] == args.env_id:
-            curves[row["method"]][int(row["seed"])][int(row["step"])] = float(row["mean"])
-    if not curves:
-        raise SystemExit(f"{args.csv} has no run of --env-id {args.env_id}")
-    last = {method: {seed: x[max(x)] for seed, x in sorted(seeds.items())} for method, seeds in curves.items()}
-    for method, returns in last.items():
-        print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
-    for one, other in itertools.combinations(last, 2):
-        seeds = sorted(last[one].keys() & last[other].keys())
-        if len(seeds) > 1:
-            differences = [last[one][seed] - last[other][seed] for seed in seeds]
-            print(f"{one} minus {other}, {len(seeds)} seeds: {mean(differences)}")
-
-    # Returns at equal computing time: what the method that is done first takes for all its steps.
+        add(args.runs, args.csv)
+    runs = read(args.csv)
+    if not runs:
+        raise SystemExit(f"--csv {args.csv}: there is no such file, or no run in it")
+    curves = {env_id: defaultdict(dict) for env_id in args.env_ids}  # task -> method -> seed -> step -> return
+    for (method, env_id, seed), curve in sorted(runs.items()):
+        if env_id in curves:
+            curves[env_id][method][seed] = curve
+    for env_id, methods in curves.items():
+        if not methods:
+            raise SystemExit(f"{args.csv} has no run of {env_id}, which --env-ids names")
     costs = {label(row["script"], row["flags"]): float(row["milliseconds"]) for row in csv.DictReader(args.cost.open())}
 
     def minutes(method, step):
         """Of computing up to this step; None where the cost is not known."""
         return max(0, step - args.learning_starts) * costs[method] / 60_000 if method in costs else None
 
-    known = [method for method in curves if method in costs]
-    budget = min((minutes(method, max(x)) for method in known for x in curves[method].values()), default=0)
-    for method in known:
-        step = args.learning_starts + 60_000 * budget / costs[method]
-        values = [np.interp(step, sorted(x), [x[s] for s in sorted(x)]) for x in curves[method].values()]
-        print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
-    other_task = "" if args.env_id == Args.env_id else f"_{args.env_id.replace('/', '-')}"
-    draw(curves, minutes, args.csv.with_name(f"{args.csv.stem}{other_task}.png"))
+    last = {}  # task -> method -> seed -> return
+    for env_id, methods in curves.items():
+        print(env_id)
+        last[env_id] = {method: {seed: x[max(x)] for seed, x in seeds.items()} for method, seeds in methods.items()}
+        for method, returns in last[env_id].items():
+            print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
+        for one, other in itertools.combinations(methods, 2):
+            seeds = sorted(methods[one].keys() & methods[other].keys())
+            if len(seeds) > 1:
+                differences = [last[env_id][one][seed] - last[env_id][other][seed] for seed in seeds]
+                print(f"{one} minus {other}, {len(seeds)} seeds: {mean(differences)}")
+
+        # Returns at equal computing time: what the method that is done first takes for all its steps.
+        known = [method for method in methods if method in costs]
+        budget = min((minutes(method, max(x)) for method in known for x in methods[method].values()), default=0)
+        for method in known:
+            step = args.learning_starts + 60_000 * budget / costs[method]
+            values = [np.interp(step, sorted(x), [x[s] for s in sorted(x)]) for x in methods[method].values()]
+            print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
+        print()
+
+    shared = [method for method in next(iter(last.values())) if all(method in methods for methods in last.values())]
+    for one, other in itertools.combinations(shared, 2) if len(last) > 1 else ():
+        samples = [np.array(list(last[env_id][method].values())) for method in (one, other) for env_id in last]
+        value, low, high = stats.interval(stats.improvement, *samples)
+        print(f"{len(last)} tasks: chance that {one} beats {other} {value:.2f} [{low:.2f}, {high:.2f}]")
+    draw(curves, minutes, args.csv.with_suffix(".png"))

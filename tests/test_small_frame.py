@@ -8,42 +8,60 @@ import pytest
 from conftest import ROOT
 
 
-def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path):
-    runs = [
-        ("num-particles=8", 1, (1, 7)),
-        ("num-particles=8", 2, (3, 9)),
-        ("power=2", 1, (5, 6)),
-        ("power=2", 2, (1, 6)),
-    ]
-    for flags, seed, returns in runs:
-        folder = tmp_path / "runs/simpo_neg/Pendulum-v1" / flags / str(seed)
-        (folder / "runs/run").mkdir(parents=True)
-        (folder / "finished").touch()
-        rows = [f"{step},{x},0,9,{x}" for step, x in zip((100, 300), returns, strict=True)]
-        (folder / "runs/run/eval.csv").write_text("\n".join(["step,mean,std,seconds,returns", *rows]))
-    (tmp_path / "runs/simpo_neg/Pendulum-v1/power=2/3").mkdir()  # it has not finished
+def sweep(folder, env_id, flags, seed, returns):
+    """A finished run of a sweep, evaluated after 100 and 300 steps."""
+    folder = folder / "simpo_neg" / env_id / flags / str(seed)
+    (folder / "runs/run").mkdir(parents=True)
+    (folder / "finished").touch()
+    rows = [f"{step},{x},0,9,{x}" for step, x in zip((100, 300), returns, strict=True)]
+    (folder / "runs/run/eval.csv").write_text("\n".join(["step,mean,std,seconds,returns", *rows]))
+
+
+def small_frame(folder, *flags):
     # After 100 steps 200 updates: 2 minutes for one method, 4 for the other, which then is halfway from 100 to 300.
-    (tmp_path / "cost.csv").write_text(
-        "script,flags,milliseconds\nsimpo_neg,num-particles=8,600\nsimpo_neg,power=2,1200\n"
-    )
-    files = f"--runs {tmp_path / 'runs'} --csv {tmp_path / 'out.csv'} --cost {tmp_path / 'cost.csv'}"
-    command = [
-        sys.executable,
-        "benchmark/small_frame.py",
-        "--env-id=Pendulum-v1",
-        "--learning-starts=100",
-        *files.split(),
-    ]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == [
+    cost = "script,flags,milliseconds\nsimpo_neg,num-particles=8,600\nsimpo_neg,power=2,1200\n"
+    (folder / "cost.csv").write_text(cost)
+    files = f"--runs {folder / 'runs'} --csv {folder / 'out.csv'} --cost {folder / 'cost.csv'} --learning-starts=100"
+    command = [sys.executable, "benchmark/small_frame.py", *files.split(), "--env-ids", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path):
+    sweep(tmp_path / "runs", "Pendulum-v1", "num-particles=8", 1, (1, 7))
+    sweep(tmp_path / "runs", "Pendulum-v1", "num-particles=8", 2, (3, 9))
+    sweep(tmp_path / "runs", "Pendulum-v1", "power=2", 1, (5, 6))
+    sweep(tmp_path / "runs", "Pendulum-v1", "power=2", 2, (1, 6))
+    (tmp_path / "runs/simpo_neg/Pendulum-v1/power=2/3").mkdir()  # it has not finished
+    result = small_frame(tmp_path, "Pendulum-v1")
+    assert result.stdout.splitlines() == [
+        "Pendulum-v1",
         "simpo_neg: 7, 9; 8 [-5, 21]",  # 8 +- 12.706 standard errors of 1
         "simpo_neg power=2: 6, 6; 6 [6, 6]",
         "simpo_neg minus simpo_neg power=2, 2 seeds: 2 [-11, 15]",
         "simpo_neg, 600.0 ms per update, within 2.0 minutes: 8 [-5, 21]",
         "simpo_neg power=2, 1200.0 ms per update, within 2.0 minutes: 4 [-8, 17]",
+        "",
     ]
     with open(tmp_path / "out.csv") as file:
         assert list(csv.reader(file))[1] == ["simpo_neg", "Pendulum-v1", "1", "100", "1.0"]
+
+
+def test_small_frame_adds_a_sweep_and_compares_over_tasks(tmp_path):
+    kept = [
+        f"simpo_neg power=2,Hopper-v4,{seed},{step},{x}" for seed, x in enumerate((4, 5, 6, 7)) for step in (100, 300)
+    ]
+    replaced = "simpo_neg,Hopper-v4,0,200,99"
+    (tmp_path / "out.csv").write_text("\n".join(["method,env_id,seed,step,mean", replaced, *kept]))
+    for seed in range(4):
+        sweep(tmp_path / "runs", "Hopper-v4", "none", seed, (0, 6))  # beats 4 and 5, ties with 6: 2.5 of 4
+        sweep(tmp_path / "runs", "Pendulum-v1", "none", seed, (0, 1))
+        sweep(tmp_path / "runs", "Pendulum-v1", "power=2", seed, (9, 0))  # beaten by all: (0.625 + 1) / 2
+    lines = small_frame(tmp_path, "Hopper-v4", "Pendulum-v1").stdout.splitlines()
+    assert lines[0] == "Hopper-v4" and "simpo_neg: 6, 6, 6, 6; 6 [6, 6]" in lines
+    assert "simpo_neg power=2: 4, 5, 6, 7; 6 [3, 8]" in lines
+    assert lines[-1].startswith("2 tasks: chance that simpo_neg beats simpo_neg power=2 0.81 [0.")
+    assert "99" not in (tmp_path / "out.csv").read_text()
+    assert "has no run of Swimmer-v4" in small_frame(tmp_path, "Hopper-v4", "Swimmer-v4").stderr
 
 
 def test_small_frame_writes_nothing_without_runs(tmp_path):
