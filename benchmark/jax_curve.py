@@ -1,7 +1,7 @@
 """Trains the authors' GeMPO (JAX) in this project's frame: same environments, widths, K, delta, updates, evaluation.
 
 git clone https://github.com/typoverflow/flow-rl && git -C flow-rl checkout bae22f4
-pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 distrax hydra-core gymnasium==1.1.1 mujoco==3.3.0
+pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 distrax hydra-core gymnasium==1.1.1 imageio mujoco==3.3.0
 python benchmark/jax_curve.py flow-rl --env-id HalfCheetah-v4 --seed 1    # the frame of benchmark/README.md
 python benchmark/jax_curve.py flow-rl --hidden-dim 256 --batch-size 256 --num-particles 32 --target-kl 1.5 --updates 1
 

@@ -51,7 +51,8 @@ def test_three_updates_by_hand(run_script, temperature, B):
     flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 50 --old-policy-interval 2 --eval-every 0"
     flags += " --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02"
     flags += f" --temperature {temperature} --temperature-lr 0.2 --batch-size {B}"
-    result = read_checkpoint(run_script("simpo_neg", *SMALL, *flags.split()))
+    run_dir = run_script("simpo_neg", *SMALL, *flags.split(), "--log-every", 5)
+    result = read_checkpoint(run_dir)
     rows = result["rows"]
     torch.manual_seed(1)
     policy, critic = simpo_neg.DiffusionPolicy(3, 1, 32, "dpm", 5), simpo_neg.Critic(3, 1, 32)
@@ -73,8 +74,9 @@ def test_three_updates_by_hand(run_script, temperature, B):
             next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, B)
         target = reward[:, 0] + 0.99 * (1 - terminated[:, 0]) * torch.minimum(next_q[0], next_q[1])
         first, second = critic(obs, action[:, None])[..., 0]
+        critic_loss = ((first - target) ** 2).mean() / 2 + ((second - target) ** 2).mean() / 2
         critic_adam.zero_grad()
-        (((first - target) ** 2).mean() / 2 + ((second - target) ** 2).mean() / 2).backward()
+        critic_loss.backward()
         critic_adam.step()
 
         particles = old_policy.sample(obs, 8, generator)
@@ -87,7 +89,8 @@ def test_three_updates_by_hand(run_script, temperature, B):
             distances = abs(kl_from_uniform(lin_neg(q, grid[:, None, None], 0.5)) - 0.9)
             log_temperature.data.fill_(np.log(grid[distances.argmin()]))
             assert distances.min() < 0.1
-        weights = lin_neg(q, log_temperature.exp().item(), 0.5)
+        temperature_used = log_temperature.exp().item()
+        weights = lin_neg(q, temperature_used, 0.5)
         assert (weights < 0).any()
 
         t, noise = torch.randint(5, (B, 8), generator=generator), torch.randn(B, 8, 1, generator=generator)
@@ -98,7 +101,8 @@ def test_three_updates_by_hand(run_script, temperature, B):
         assert (error > 0.5).any()
         policy_adam.param_groups[0]["lr"] = 0.1 - 0.09 * step / 50
         policy_adam.zero_grad()
-        (torch.tensor(weights, dtype=torch.float32)[..., None] * error.clip(max=0.5)).mean().backward()
+        policy_loss = (torch.tensor(weights, dtype=torch.float32)[..., None] * error.clip(max=0.5)).mean()
+        policy_loss.backward()
         policy_adam.step()
 
         temperature_adam.zero_grad()
@@ -109,6 +113,19 @@ def test_three_updates_by_hand(run_script, temperature, B):
         if step == 45:  # after every second update
             old_policy = copy.deepcopy(policy)
 
+    logged = {
+        "loss/critic": critic_loss.item(),
+        "loss/policy": policy_loss.item(),
+        "q/mean": (first.mean().item() + second.mean().item()) / 2,
+        "q/particle_spread": q.std(1, ddof=1).mean(),
+        "weights/temperature": temperature_used,
+        "weights/kl": kl_from_uniform(weights),
+        "weights/share_negative": np.mean(weights < 0),
+        "weights/negative_mass": -np.minimum(weights, 0).mean(),
+        "weights/max": weights.max(1).mean(),
+    }
+    scalars = EventAccumulator(str(run_dir)).Reload()
+    assert {name: scalars.Scalars(name)[-1].value for name in logged} == pytest.approx(logged, rel=2e-3, abs=1e-4)
     assert result["log_temperature"] == pytest.approx(log_temperature.item(), abs=1e-4)
     by_hand = dict(policy=policy, old_policy=old_policy, critic=critic, critic_target=critic_target)
     for part, module in by_hand.items():
