@@ -31,7 +31,7 @@ OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # f
 
 @dataclass
 class Args:
-    env_ids: tuple[str, ...] = ("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4")
+    env_ids: tuple[str, ...] = ()  # none: all tasks of --csv
     csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
     cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
     learning_starts: int = 5_000  # environment steps before the first update; then there is one for each
@@ -118,7 +118,9 @@ if __name__ == "__main__":
     runs = read(args.csv)
     if not runs:
         raise SystemExit(f"--csv {args.csv}: there is no such file, or no run in it")
-    curves = {env_id: defaultdict(dict) for env_id in args.env_ids}  # task -> method -> seed -> step -> return
+    curves = {
+        env_id: defaultdict(dict) for env_id in args.env_ids or sorted({env_id for _, env_id, _ in runs})
+    }  # task -> method -> seed -> step -> return
     for (method, env_id, seed), curve in sorted(runs.items()):
         if env_id in curves:
             curves[env_id][method][seed] = curve
