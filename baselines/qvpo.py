@@ -9,12 +9,14 @@ at s, V = mean_j Q(s, a_j), a* the best of them, e_1..e_M uniform and c falling 
     policy    mean of w(s, a*) |v - v_theta|^2 at a* and c w(s, a*) |v - v_theta|^2 at e_1..e_M
     acting    the best of 4 draws by Q
 
-With --kept-draws 64 --uniform-actions 0 the policy fits all K draws: the Linear SiMPO whose nu is V.
+With --kept-draws 64 --uniform-actions 0 the policy fits all K draws: at each state the Linear SiMPO whose nu is V and
+whose lambda is the mean of the positive advantages, without frozen policy and particle noise.
 
 Departures from the authors' code (github.com/wadx2019/qvpo): velocities instead of noises in the loss, which changes
 only the weight between times; this frame's solver, learning rates and bootstrapping at time limits; learning starts
 after 5,000 steps instead of 10,000; policy and critics share a batch, and the critics' loss is the mean of the twins'
-(theirs the sum, before its gradient's clip); cut gives 0 where they give 1.
+(theirs the sum, before its gradient's clip); cut gives 0 where they give 1; with --kept-draws above 1 all share the e_m
+of the best. --action-draws 4 is their code's; after the paper flow-rl has 1 for Hopper, 4 for HalfCheetah, else 2.
 
     python baselines/qvpo.py --env-id HalfCheetah-v4
 """

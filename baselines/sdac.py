@@ -13,11 +13,13 @@ smaller of the twins:
     acting    one draw
 
 Its optimum samples exp(Q / lambda), whatever actions are in the buffer, as K grows.
-Public codes disagree: this is flow-rl's version, with its K = 500 and lambda = 0.05. Departures from the authors' code
-(relax): a_t from the buffer instead of a fresh draw; truncated normals instead of clipped ones whose noise was left as
-it was; a fixed lambda instead of one that falls by a schedule; one draw in acting and targets instead of the best of 32
-and noise; no delay of the policy, no reward scale of 0.2; velocities instead of noises, which changes only the weight
-between times.
+Public codes disagree: this is flow-rl's version, with its K = 500 and lambda = 0.05; it comes from MaxEntDP's, whose
+targets have an entropy term and whose lambda is 0.01 to 0.2 by task. Departures from flow-rl: this frame's solver,
+times, learning rates and networks; weights from the critics after their step. From the authors' code (relax), too: a_t
+from the buffer instead of a fresh draw; truncated normals instead of clipped ones whose noise was left as it was; K of
+500 for 64; a fixed lambda for one that falls from 5 to 1 in our units; one draw in acting and targets instead of the
+best of 32 and noise, 10 for 32 in evaluation; no averaged policy, no delay of policy and target critics, no reward
+scale of 0.2; velocities instead of noises, which changes only the weight between times.
 
     python baselines/sdac.py --env-id HalfCheetah-v4
 """
