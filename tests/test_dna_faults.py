@@ -1,5 +1,6 @@
 """dna_finetune.py: bad input gets one line before any work; kills, damage and divergence end in order."""
 
+import ast
 import math
 import re
 import resource
@@ -119,7 +120,10 @@ def test_help_names_every_flag_and_says_what_it_is(tmp_path):
     "script", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("baselines/*.py")), ids=lambda path: path.stem
 )
 def test_requirements_hold_what_is_imported(script):
-    imported = set(re.findall(r"^ *(?:import|from) (\w+)", script.read_text(), flags=re.M))
+    nodes = list(ast.walk(ast.parse(script.read_text())))
+    names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {name.split(".")[0] for name in names}
     pinned = {re.split(r"[=\[]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert "torch" in pinned and imported - set(sys.stdlib_module_names) <= pinned
 
