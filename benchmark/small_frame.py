@@ -33,6 +33,7 @@ OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # f
 class Args:
     env_ids: tuple[str, ...] = ()  # none: all tasks of --csv
     csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
+    last: int = 1  # a run's return is the mean of so many evaluations, its last ones
     cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
     learning_starts: int = 5_000  # environment steps before the first update; then there is one for each
     runs: Path | None = None  # a sweep's --out: its finished runs are added to --csv, in place of equal ones
@@ -113,6 +114,8 @@ def draw(curves, minutes, path):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if args.last < 1:
+        raise SystemExit(f"--last {args.last}: it must be 1 or more")
     if args.runs:
         add(args.runs, args.csv)
     runs = read(args.csv)
@@ -136,7 +139,10 @@ if __name__ == "__main__":
     last = {}  # task -> method -> seed -> return
     for env_id, methods in curves.items():
         print(env_id)
-        last[env_id] = {method: {seed: x[max(x)] for seed, x in seeds.items()} for method, seeds in methods.items()}
+        last[env_id] = {
+            method: {seed: np.mean([x[s] for s in sorted(x)[-args.last :]]) for seed, x in seeds.items()}
+            for method, seeds in methods.items()
+        }
         for method, returns in last[env_id].items():
             print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
         for one, other in itertools.combinations(methods, 2):

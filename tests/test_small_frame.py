@@ -44,6 +44,10 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
     ]
     with open(tmp_path / "out.csv") as file:
         assert list(csv.reader(file))[1] == ["simpo_neg", "Pendulum-v1", "1", "100", "1.0"]
+    result = small_frame(tmp_path, "Pendulum-v1", "--last=2")
+    assert "simpo_neg: 4, 6; 5 [-8, 18]" in result.stdout.splitlines()  # the means of both evaluations
+    result = small_frame(tmp_path, "Pendulum-v1", "--last=0")
+    assert result.returncode == 1 and result.stderr == "--last 0: it must be 1 or more\n"
 
 
 def test_small_frame_adds_a_sweep_and_compares_over_tasks(tmp_path):
