@@ -9,13 +9,12 @@ g = grad_a Q(s, a) at a = a_t, and eps_theta = sigma_t a_t + alpha_t u_theta, u 
               dimensions (the default: free of Q's scale), or eps* = -M g (--q-scale M: the authors' code, M = 50)
     acting    one draw + 0.1 N(0, I), clipped
 
-Public codes differ. The authors' (Alescontrela/score_matching_rl) is --q-scale 50; the default is
-flow-rl's normalisation with the authors' online critics and clipped noise, in the target, too; not here: relax's score
-network without t and MaxEntDP's version, which takes the smaller target critic.
+Public codes differ. The authors' (Alescontrela/score_matching_rl) is --q-scale 50; the default is flow-rl's
+normalisation with the authors' online critics and clipped noise, in the target, too. Not here: relax's score network
+without t, and MaxEntDP's version, which takes the smaller target critic.
 Departures from the authors' code: x_t is not clipped in the sampler, whose predicted a_0 is; 20 steps of the cosine
 schedule for 5 of a variance-preserving one; 3 x 256 Mish for 2 x 512; the best of 10 draws in evaluation for one; a
-velocity network, whose eps_theta learns little near t = 1 (one critic, offline: R^2 0.02 at t = 1, 0.14 at 0.9; 0.29
-both of a noise network; draws' mean Q 152.5 and 153.0, uniform actions' 151.0).
+velocity network instead of one of noise, whose eps_theta can learn little near t = 1, where alpha_t is 0.
 Matching grad Q at a noisy action is not the score of the diffused exp(Q): the policy does not sample exp(Q / lambda).
 
     python baselines/qsm.py --env-id HalfCheetah-v4

@@ -13,7 +13,7 @@ smaller of the twins:
     acting    one draw
 
 Its optimum samples exp(Q / lambda), whatever actions are in the buffer, as K grows.
-Public codes disagree: this is flow-rl's version, with its K = 500 and lambda = 0.05; it comes from MaxEntDP's, whose
+Public codes disagree: this is flow-rl's version, with its K = 500 and lambda = 0.05; it is nearly MaxEntDP's, whose
 targets have an entropy term and whose lambda is 0.01 to 0.2 by task. Departures from flow-rl: this frame's solver,
 times, learning rates and networks; weights from the critics after their step. From the authors' code (relax), too: a_t
 from the buffer instead of a fresh draw; truncated normals instead of clipped ones whose noise was left as it was; K of

@@ -121,9 +121,8 @@ if __name__ == "__main__":
     runs = read(args.csv)
     if not runs:
         raise SystemExit(f"--csv {args.csv}: there is no such file, or no run in it")
-    curves = {
-        env_id: defaultdict(dict) for env_id in args.env_ids or sorted({env_id for _, env_id, _ in runs})
-    }  # task -> method -> seed -> step -> return
+    env_ids = args.env_ids or sorted({env_id for _, env_id, _ in runs})
+    curves = {env_id: defaultdict(dict) for env_id in env_ids}  # task -> method -> seed -> step -> return
     for (method, env_id, seed), curve in sorted(runs.items()):
         if env_id in curves:
             curves[env_id][method][seed] = curve
