@@ -8,12 +8,13 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
               y = r + gamma (1 - terminated) m_j(s', a'), y_z the same with m_j(s', a') + z d_j(s', a')
     critics   -(b_i^2 + 0.1) mean[m_i (y - m_i) / (d_i^2 + 0.1) + d_i ((x_i - m_i)^2 - d_i^2) / (d_i^3 + 0.1)], only the
               first m_i and d_i of each product with gradient; x_i = m_i + clip(y_z - m_i, -3 b_i, 3 b_i)
-    policy    every 2nd update: mean of -min_i m_i(s, a), through all steps; a policy saturated everywhere is stuck
+    policy    every 2nd update: mean of -min_i m_i(s, a), through all steps; then the target critics follow
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
-Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3, for which 200 actions are too few
-beyond some 8 dimensions; alpha is stepped every 1,000 updates for 10,000, to move within 200,000; noise 0.15 and 5,000
-random steps (theirs: 200,000 on HalfCheetah, Humanoid; else 0.1, 30,000); this frame's environments, solver and rates.
+Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3 (for which 200 actions are too few
+beyond some 8 dimensions), which takes separate modes for one wide one; alpha steps every 1,000 updates for 10,000; each
+loss sees the steps before it, theirs none; noise 0.15 and 5,000 random steps (theirs: 200,000 on HalfCheetah, Humanoid;
+else 0.1, 30,000); velocities, solver, rates and updates per step are this frame's (noises, 20 noisy steps, 1e-4, 1/20).
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
@@ -380,7 +381,7 @@ if __name__ == "__main__":
     policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
     critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     critic_target = copy.deepcopy(critic)  # used under no_grad only
-    log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
+    log_alpha = torch.tensor(math.log(args.alpha), device=device)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.policy_lr, fused=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.alpha_lr)
@@ -408,7 +409,7 @@ if __name__ == "__main__":
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        log_alpha.data.copy_(saved["log_alpha"])
+        log_alpha.copy_(saved["log_alpha"])
         generator.set_state(saved["generator"].clone())
         global_step, num_updates, evaluations = saved["global_step"], saved["num_updates"], saved["evaluations"]
         start, buffer.added, episode = start - saved["seconds"], saved["added"], np.array(saved["episode"]) - 1
@@ -452,7 +453,7 @@ if __name__ == "__main__":
         check_finite(**dict(policy.named_parameters()), **dict(critic.named_parameters()))
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(script=script, args=asdict(args), global_step=global_step, num_updates=num_updates)
-        state |= dict(evaluations=evaluations, seconds=time.time() - start, log_alpha=log_alpha.detach())
+        state |= dict(evaluations=evaluations, seconds=time.time() - start, log_alpha=log_alpha)
         rows = torch.from_numpy(buffer.rows[: buffer.added].cpu().numpy())  # a slice would save its whole storage
         state |= dict(generator=generator.get_state(), rows=rows, added=buffer.added, obs=torch.tensor(obs))
         state |= dict(episode=episode.tolist(), lengths=[env.episode_lengths for env in envs.envs])
@@ -484,13 +485,12 @@ if __name__ == "__main__":
 
         # Act with one draw from the policy and noise, and store.
         global_step += args.num_envs
-        noise_std = args.noise_scale * log_alpha.detach().exp()
+        noise_std = args.noise_scale * log_alpha.exp()
         if global_step <= args.learning_starts:
             action = 2 * torch.rand(args.num_envs, action_dim, generator=generator, device=device) - 1
         else:
-            states = torch.as_tensor(obs, dtype=torch.float32, device=device)
             with torch.no_grad():
-                action = act(policy, states, 1, noise_std, generator)[:, 0]
+                action = act(policy, torch.tensor(obs, device=device).float(), 1, noise_std, generator)[:, 0]
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
         check_finite(observation=next_obs, reward=reward)
         buffer.add(obs, next_obs, action, reward, terminated)
@@ -506,11 +506,11 @@ if __name__ == "__main__":
             with torch.no_grad():
                 next_action = act(policy, batch_next_obs, 1, noise_std, generator)  # (B, 1, A)
                 next_mean, next_deviation = (x[..., 0] for x in critic_target.distribution(batch_next_obs, next_action))
-                next_q, smaller = next_mean.min(0)  # (B,)
+                next_q = next_mean.amin(0)  # (B,)
                 z = torch.randn(B, generator=generator, device=device).clamp(-3, 3)
                 discount = args.discount * (1 - batch_terminated)
                 target_q = args.reward_scale * batch_reward + discount * next_q
-                target_draw = target_q + discount * next_deviation.gather(0, smaller[None])[0] * z
+                target_draw = target_q + discount * torch.where(next_mean[0] < next_mean[1], *next_deviation) * z
             q, deviation = (x[..., 0] for x in critic.distribution(batch_obs, batch_action[:, None]))  # (2, B)
             critic.b.lerp_(deviation.detach().mean(1), args.tau if num_updates > 0 else 1.0)
             critic_loss = distributional_loss(q, deviation, target_q, target_draw, critic.b)
@@ -537,9 +537,9 @@ if __name__ == "__main__":
             if num_updates % args.alpha_interval == 0:
                 with torch.no_grad():
                     entropy = gaussian_entropy(act(policy, batch_obs, args.entropy_draws, noise_std, generator))
-                alpha_optimizer.zero_grad()
-                (log_alpha * (entropy.float() - args.target_entropy * action_dim)).backward()
+                log_alpha.grad = (entropy - args.target_entropy * action_dim).float()
                 alpha_optimizer.step()
+                noise_std = args.noise_scale * log_alpha.exp()
             num_updates += 1
 
         progress.update(args.num_envs)

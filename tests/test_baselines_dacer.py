@@ -10,6 +10,20 @@ from test_baselines_frame import FAST, HAND, ByHand
 from baselines import dacer
 
 
+def test_the_critics_give_a_mean_and_the_softplus_of_the_other_output():
+    torch.manual_seed(0)
+    critic, obs, action = dacer.Critic(3, 2, 16), torch.randn(5, 3), torch.randn(5, 4, 2)
+    means, deviations = critic.distribution(obs, action)
+    for i, layers in enumerate(critic.twins):
+        h = torch.cat([obs[:, None].expand(5, 4, 3), action], dim=-1)
+        for layer in layers[:3]:
+            h = layer(h)
+            h = h * torch.tanh(torch.log(1 + h.exp()))
+        mean, raw = layers[3](h).unbind(-1)
+        torch.testing.assert_close(means[i], mean)
+        torch.testing.assert_close(deviations[i], torch.log(1 + raw.exp()))
+
+
 def test_gradient_of_the_critics_loss_is_the_gaussian_likelihoods():
     """With b so large that nothing is clipped; factors are (b^2 + 0.1), and d^2 / (d^2 + 0.1), d^3 / (d^3 + 0.1)."""
     torch.manual_seed(0)
@@ -84,11 +98,13 @@ def test_alpha_rises_below_the_target_entropy_and_falls_above(run_script, target
     assert state["log_alpha"].item() == pytest.approx(math.log(2) + direction * 2 * 0.03, abs=1e-3)
 
 
-def test_two_updates_by_hand(run_script):
+def test_two_updates_by_hand(run_script, monkeypatch):
     """The draw of the target is of the twin with the smaller mean in each row, not of a row with a smaller mean.
 
-    alpha, the policy and the targets are stepped in the first.
+    alpha, the policy and the targets are stepped in the first. z is drawn four times as wide, so that its bounds count.
     """
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: (1 + 3 * (len(shape) == 1)) * randn(*shape, **kwargs))
     flags = "--alpha 1 --noise-scale 0.3 --alpha-interval 2 --entropy-draws 9 --target-entropy 1"
     hand = ByHand(dacer, run_script("baselines/dacer", *HAND, *flags.split()))
     policy, critic, b, log_alpha = hand.policy, hand.critic, None, torch.zeros(1, requires_grad=True)

@@ -48,8 +48,14 @@ def test_the_critics_rows_keep_the_actions_that_were_taken(run_script):
     state = torch.load(run_script("baselines/dipo", *SMALL, *flags.split()) / "checkpoint.pt", weights_only=True)
     obs, next_obs, action, _, _ = state["rows"].T
     torch.testing.assert_close(next_obs - obs, 0.4 * action, rtol=0, atol=1e-6)
-    moved = (state["improved"][:, 0] != action).float().mean()
-    assert moved > 0.5
+    moved = (state["improved"][:, 0] - action).abs()
+    assert (moved > 0).float().mean() > 0.5 and moved.max() > 0.65  # in several updates more than 20 x 0.03
+
+
+def test_without_write_back_every_climb_starts_at_the_action_taken(run_script):
+    flags = "--learning-starts 350 --total-timesteps 450 --eval-every 0 --no-write-back"
+    state = torch.load(run_script("baselines/dipo", *SMALL, *flags.split()) / "checkpoint.pt", weights_only=True)
+    assert torch.equal(state["improved"], state["rows"][:, 2:3])
 
 
 def test_improved_actions_start_as_the_taken_ones_also_past_the_capacity(run_script):
@@ -59,7 +65,9 @@ def test_improved_actions_start_as_the_taken_ones_also_past_the_capacity(run_scr
 
 
 def test_two_updates_by_hand(run_script):
-    hand = ByHand(dipo, run_script("baselines/dipo", *HAND, *"--max-grad-norm 0.02 --action-steps 3".split()), eps=1e-5)
+    """The limit of the actions' gradient is so small that Adam's eps is felt, which otherwise undoes it."""
+    flags = "--max-grad-norm 0.02 --action-steps 3 --action-grad-norm 1e-5"
+    hand = ByHand(dipo, run_script("baselines/dipo", *HAND, *flags.split()), eps=1e-5)
     policy, critic = hand.policy, hand.critic
     improved = hand.rows[:, 6:8].clone()
     for global_step in (40, 45):
@@ -75,7 +83,7 @@ def test_two_updates_by_hand(run_script):
         adam = torch.optim.Adam([action], 0.03, eps=1e-5)
         for _ in range(3):
             (gradient,) = torch.autograd.grad(torch.minimum(*critic(obs, action[:, None])).sum(), action)
-            action.grad = -gradient * min(1, 0.1 * 2 / gradient.norm())
+            action.grad = -gradient * min(1, 1e-5 * 2 / gradient.norm())
             adam.step()
             action.data = action.data.clip(-1, 1)
         improved[where] = action.detach()

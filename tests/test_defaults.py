@@ -17,6 +17,22 @@ OURS = dict(
     **dict(reward_landscape="native", landscape_c=3.0),
 )
 VARIANT = {"simpo_exp": {}, "simpo_power": dict(power=1.0), "simpo_neg": dict(power=1.0, epsilon=0.5)}
+ORIGINALS = {  # of the baselines: the originals' settings, but for what the top of each script names
+    "qvpo": dict(weights="adv", num_particles=64, kept_draws=1, uniform_actions=10, entropy_weight=0.02)
+    | dict(entropy_weight_end=0.002, action_draws=4, max_grad_norm=2.0, eval_draws=32, solver="dpm"),
+    "qsm": dict(temperature=0.1, q_scale=0.0, exploration_noise=0.1, eval_draws=10, solver="ddpm"),
+    "sdac": dict(num_particles=500, temperature=0.05, eval_draws=10, solver="dpm"),
+    "dipo": dict(action_steps=20, action_lr=0.03, action_grad_norm=0.1, write_back=True, max_grad_norm=2.0)
+    | dict(eval_draws=1, solver="dpm"),
+    "dacer": dict(alpha=3.0, alpha_lr=0.03, alpha_interval=1000, target_entropy=-0.9, entropy_draws=200)
+    | dict(noise_scale=0.15, reward_scale=0.2, policy_delay=2, eval_draws=1, solver="dpm"),
+}
+
+
+@pytest.mark.parametrize("script", ORIGINALS)
+def test_defaults_of_the_baselines(script):
+    args = vars(importlib.import_module(f"baselines.{script}").Args())
+    assert {name: args[name] for name in ORIGINALS[script]} == ORIGINALS[script]
 
 
 @pytest.mark.parametrize("script", VARIANT)
