@@ -4,21 +4,22 @@
     python baselines/dna_guidance.py --method tds       # on the newest of its runs, or --models runs/<run>/models.json
 
 From t to s = t - 1/T a masked letter becomes v with probability q(v) = p_theta(v | x_t) (t - s) / t, or stays MASK with
-q(MASK) = s / t. r is the reward oracle, x0^(x) = argmax p_theta(. | x), f(x_t) = the letters of x_t, p_theta where
-it is masked, and g the gradient of r(f(x_t)) with respect to the one-hot x_t:
+q(MASK) = s / t. r is the reward oracle, f(x_t) the letters of x_t, p_theta where it is masked, x0^ = argmax f and g
+the gradient of r(f(x_t)) with respect to the one-hot x_t:
 
     cg   q'(v) ~ q(v) exp(gamma (g_v - g_MASK))                                   Nisonoff et al. 2024, 2406.01572
     smc  resamples K sequences by exp((r(x0^(x_s)) - r(x0^(x_t))) / alpha)        Wu et al. 2023, 2306.17775
     tds  draws as cg, resamples by the weight of smc times q(x_s) / q'(x_s)       likewise
     cfg  log p = (1 + w) log p(. | x_t, class 1) - w log p(. | x_t)               Ho and Salimans 2022, 2207.12598
 
-With many particles smc and tds draw from p_theta(x_0) exp(r(x_0) / alpha) / Z. The values of gamma, alpha and w to try
-are flags; what makes the median of the reward oracle highest is taken, for every method; tuning.csv shows it.
+With many particles smc and tds draw from p_theta(x_0) exp(r(x_0) / alpha) / Z; of K = 64, resampled at every step, few
+differ. Of the given gamma, alpha and w those with the reward oracle's highest median are taken: tuning.csv.
 
-Departures from the DRAKES release (Wang et al. 2024, 2410.13643): g is of each sequence, not of the batch's mean, so
-gamma there is batch size times gamma here, and f has log p_theta there; f keeps letters that are there, also for the
-gradient; q' in the weight of tds has its normaliser; cfg's law is normalised, its classes are the most active of the
-reward oracle's data, as measured, and the rest; its network starts as the pretrained one and is not averaged.
+Departures from the DRAKES release (Wang et al. 2024, 2410.13643): its f has log p_theta where ours has p_theta, and is
+constant at letters, so that its g is only what the network makes of x_t, not what the oracle makes of the letter, too;
+its g is of the batch's mean; its q' in the weight of tds has no normaliser, nor has its law of cfg. Its class 1 is
+above a threshold, ours a share of the reward oracle's data; our network starts as the pretrained one. Its settings are
+gamma 3e5 (cg) and 1,000 (tds), alpha 0.5 and w 10, not tuned, and 131,500 steps of 512 for cfg; ours are for a CPU.
 """
 
 import copy
@@ -35,6 +36,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, get_type_hints
@@ -133,36 +135,37 @@ class Denoiser(nn.Module):
 def draw(denoiser, oracle, count, length, steps, generator, gamma=None, alpha=None):
     """Stepwise ancestral sampling, guided by gamma (cg), alpha (smc), both (tds) or neither: (count, L).
 
-    With alpha the sequences are particles of one another: their law is right in the limit of many.
+    With alpha the sequences are the particles of one population: their law is right in the limit of many.
     """
     x, before, log_ratio = torch.full((count, length), MASK, device=generator.device), 0.0, 0.0
     for left in range(steps, -1, -1):  # t = left / steps
         hot = one_hot(x, 5).requires_grad_(gamma is not None)  # (B, L, 5)
         with torch.set_grad_enabled(gamma is not None):
             log_p = denoiser(hot)  # (B, L, 4)
-            x0 = hot[..., :4] + hot[..., 4:] * log_p.exp()  # f(x_t); its gradient goes through p_theta, too
+            f = hot[..., :4] + hot[..., 4:] * log_p.exp()  # its gradient goes through p_theta, too
             slope = torch.zeros_like(hot)
             if gamma is not None and left:
-                (g,) = torch.autograd.grad(oracle(x0).sum(), hot)
+                (g,) = torch.autograd.grad(oracle(f).sum(), hot)
                 slope = gamma * (g - g[..., MASK:])
         if alpha is not None:
-            reward = oracle(x0.argmax(-1))  # r(x0^(x_t)), (B,)
+            reward = oracle(f.argmax(-1))  # r(x0^(x_t)), (B,)
             if left < steps:
                 log_weight = ((reward - before) / alpha + log_ratio).double()
                 check_finite(f"alpha = {alpha:g}", weight=log_weight)
                 rows = torch.multinomial(log_weight.softmax(0), count, replacement=True, generator=generator)
                 x, log_p, slope, reward = x[rows], log_p[rows], slope[rows], reward[rows]
             before = reward
-        if left:
-            stay = torch.full_like(log_p[..., :1], 1 - 1 / left)  # s / t
-            log_q = torch.cat([log_p - math.log(left), stay.log()], -1)  # (B, L, 5)
-            log_guided = (log_q + slope).log_softmax(-1)
-            check_finite(f"gamma = {gamma}", law=log_guided.exp())
-            gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
-            masked, x_s = x == MASK, (log_guided + gumbel).argmax(-1)
-            log_ratio = ((log_q - log_guided).gather(-1, x_s[..., None])[..., 0] * masked).sum(-1)
-            x = torch.where(masked, x_s, x)
-    return x
+        if not left:
+            return x
+        stay = torch.full_like(log_p[..., :1], 1 - 1 / left)  # s / t
+        log_q = torch.cat([log_p - math.log(left), stay.log()], -1)  # (B, L, 5)
+        log_guided = (log_q + slope).log_softmax(-1)
+        check_finite(f"{left} steps before the end, gamma = {gamma}", law=log_guided.exp())
+        gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
+        x_s = (log_guided + gumbel).argmax(-1)
+        log_q_s, log_guided_s = (law.gather(-1, x_s[..., None])[..., 0] for law in (log_q, log_guided))
+        log_ratio = ((log_q_s - log_guided_s) * (x == MASK)).sum(-1)
+        x = torch.where(x == MASK, x_s, x)
 
 
 class ConditionalDenoiser(nn.Module):
@@ -182,19 +185,20 @@ class ConditionalDenoiser(nn.Module):
         """log p of cfg, normalised: (1 + w) log p(class 1) - w log p(no class), x (B, L) or (B, L, 5) -> (B, L, 4)."""
         label = torch.tensor([1, 2], device=x.device).repeat_interleave(len(x))
         log_p, log_p_none = self(torch.cat([x, x]), label).chunk(2)
-        return ((1 + w) * log_p - w * log_p_none).log_softmax(-1)
+        log_p = ((1 + w) * log_p - w * log_p_none).log_softmax(-1)
+        check_finite(f"w = {w:g}", law=log_p)
+        return log_p
 
 
 def train_conditional(pretrained, x, y, args):
     """ConditionalDenoiser trained on x (N, L) with the pretraining loss; class 1 are the highest y (N,)."""
-    torch.manual_seed(args.seed)
     denoiser, best = ConditionalDenoiser(pretrained), y.topk(max(1, round(args.class_share * len(y)))).indices
     label = torch.zeros(len(x), dtype=torch.long, device=x.device).index_fill(0, best, 1)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.train_lr)
     generator = torch.Generator(x.device).manual_seed(args.seed)
     for step in (progress := tqdm(range(args.train_steps), desc="conditional model", dynamic_ncols=True)):
         rows = torch.randint(len(x), (args.train_batch,), generator=generator, device=x.device)
-        hidden = torch.rand(len(rows), generator=generator, device=x.device) < 0.1  # shown without their class
+        hidden = torch.rand(len(rows), generator=generator, device=x.device) < 0.1  # have no class, as there
         noisy, masked, factor = corrupt(x[rows].long(), 1, generator)
         log_p = denoiser(noisy[:, 0], torch.where(hidden, 2, label[rows]))[:, None]
         loss = elbo_loss(log_p, x[rows].long(), masked, factor).mean() / x.shape[1]
@@ -521,20 +525,20 @@ if __name__ == "__main__":
     def draw_with(setting, count, seed):
         """count sequences (count, L) in batches of K, and the seconds it took."""
         generator, start, K = torch.Generator(device).manual_seed(seed), time.time(), args.num_particles
-        denoiser, oracle = models["pretrained"], models["reward_oracle"]
+        denoiser, oracle, guide = models["pretrained"], models["reward_oracle"], setting
         if args.method == "cfg":
-            (w,), setting = setting.values(), {}
-            denoiser = lambda x: conditional.guided(x, w)  # noqa: E731
-        parts = [draw(denoiser, oracle, K, length, steps, generator, **setting) for _ in range(0, count, K)]
+            denoiser, guide = partial(conditional.guided, **setting), {}
+        parts = [draw(denoiser, oracle, K, length, steps, generator, **guide) for _ in range(0, count, K)]
         return torch.cat(parts)[:count], time.time() - start
 
     # Tuning on the reward oracle only: one draw per setting, the highest median is taken.
     names, tuning = dict(cg=["gamma"], smc=["alpha"], tds=["gamma", "alpha"], cfg=["w"])[args.method], []
     for values in tqdm(list(itertools.product(*(getattr(args, name) for name in names))), desc="tuning"):
         setting = dict(zip(names, map(float, values), strict=True))
-        x, seconds = draw_with(setting, args.tuning_samples, 20_000 + args.seed)
-        median = float(predict(models["reward_oracle"], x).median())
-        tuning.append(setting | dict(reward_oracle=median, distinct=len(x.unique(dim=0)) / len(x), seconds=seconds))
+        drawn, seconds = draw_with(setting, args.tuning_samples, 20_000 + args.seed)
+        median = float(predict(models["reward_oracle"], drawn).median())
+        distinct = len(drawn.unique(dim=0)) / len(drawn)
+        tuning.append(setting | dict(reward_oracle=median, distinct=distinct, seconds=seconds))
     write_csv(run_dir / "tuning.csv", tuning)
     setting = {name: max(tuning, key=lambda row: row["reward_oracle"])[name] for name in names}
     print("\n".join(", ".join(f"{name} {value:.4g}" for name, value in row.items()) for row in tuning))
@@ -542,11 +546,11 @@ if __name__ == "__main__":
     # Evaluation as in dna_finetune.py.
     rows = []
     for seed in tqdm(range(args.seed, args.seed + args.seeds), desc="evaluation"):
-        x, seconds = draw_with(setting, run.eval_samples, 10_000 + seed)
-        row = dict(method=args.method, seed=seed) | evaluate(x, models, top, run)
+        drawn, seconds = draw_with(setting, run.eval_samples, 10_000 + seed)
+        row = dict(method=args.method, seed=seed) | evaluate(drawn, models, top, run)
         rows.append(row | setting | dict(train_seconds=train_seconds, draw_seconds=seconds))
         with open(run_dir / f"{args.method}-seed{seed}.fasta", "w") as file:
-            for i, sequence in enumerate(x.tolist(), 1):
+            for i, sequence in enumerate(drawn.tolist(), 1):
                 file.write(f">{args.method}-seed{seed}-{i}\n{''.join(LETTERS[token] for token in sequence)}\n")
         write_csv(run_dir / "rows.csv", rows)
     table = [f"{args.method}, {', '.join(f'{name} = {value:g}' for name, value in setting.items())}, by seed:"]

@@ -4,8 +4,8 @@
     python baselines/drakes.py                          # on the newest of its runs, or --models runs/<run>/models.json
     python baselines/drakes.py --kl-weight 0.001        # DRAKES-KL
 
-Paper: Wang et al. 2024, arXiv 2410.13643. Of T steps the first have no gradient, the last --gradient-steps have. There
-x is soft, (L, 5), and goes from t to s = t - 1/T by
+Paper: Wang et al. 2024, arXiv 2410.13643. In the last --gradient-steps of the T steps x is soft, (L, 5), and has a
+gradient; it goes from t to s = t - 1/T by
 
     q = p_theta(. | x_t) (t - s) / t for the letters, s / t for MASK
     x_s = c x_t + (1 - c) softmax((log q + Gumbel) / tau),   c = 1 - x_t[MASK], what has left the mask already
@@ -15,9 +15,10 @@ The oracle r sees the argmax of x_0, its gradient passes straight through to x_0
     minimise -E[r(x_0)] + kl_weight E[path KL],
     path KL = sum over steps of (t - s) / t sum over positions of x_t[MASK] KL(p_theta(. | x_t) || p_pre(. | x_t))
 
-Departures from the release: the KL counts hard masks too, there only soft ones, and has (t - s) / t, there 1 / t and a
-weight of soft letters: kl_weight is on another scale; p_theta stays the network's where a soft argmax is a letter; the
-defaults are for a CPU. The release has 4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
+SiMPO calls kl_weight 0 DRAKES and all else DRAKES-KL. Departures from the release: the KL counts hard masks, too, there
+only what is masked in soft ones, and has (t - s) / t, there 1 / t and a weight of soft letters, so that kl_weight is on
+another scale; p_theta stays the network's where a soft argmax is a letter; the defaults are for a CPU. The release has
+4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
 """
 
 import copy
@@ -67,7 +68,7 @@ class Args:
     grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     gradient_steps: Count = 50  # last steps of the sampler, which have a gradient; all of them, if there are fewer
     tau: Positive = 1.0  # tau: temperature of the Gumbel softmax
-    kl_weight: NonNegative = 0.0  # weight of the path's KL to the pretrained model; 0.001 there
+    kl_weight: NonNegative = 0.0  # weight of the path's KL to the pretrained model; 0.001 there, on another scale
 
     # output and machine; data, number of steps T, number and measures of the sequences are those of the --models run
     seed: Seed = 1  # first seed of the fine-tuning and of the draws
@@ -139,8 +140,8 @@ def rollout(denoiser, pretrained, count, length, steps, gradient_steps, tau, kl_
         with torch.set_grad_enabled(soft):
             stay = torch.full_like(log_p[..., :1], 1 - 1 / left)  # s / t
             log_q = torch.cat([log_p - math.log(left), stay.log()], -1)  # (B, L, 5)
-            logits = log_q - torch.empty_like(log_q).exponential_(generator=generator).log()
-            x_s = (logits / tau).softmax(-1) if soft else F.one_hot(logits.argmax(-1), 5).to(log_q.dtype)
+            perturbed = log_q - torch.empty_like(log_q).exponential_(generator=generator).log()
+            x_s = (perturbed / tau).softmax(-1) if soft else F.one_hot(perturbed.argmax(-1), 5).to(log_q.dtype)
             c = 1 - x[..., MASK:]
             x = c * x + (1 - c) * x_s
     return x[..., :4], path_kl
@@ -173,7 +174,8 @@ def finetune(pretrained, oracle, length, steps, seed, args):
                 raise SystemExit(f"stopped at update {step}: {name} not finite; try a smaller --lr")
         optimizer.step()
         row = dict(step=step, seconds=time.time() - start, reward=torch.cat(rewards).median().item())
-        curve.append(row | dict(path_kl=torch.cat(kls).mean().item(), gradient_norm=norm.item()))
+        path_kl = torch.cat(kls).mean().item() if args.kl_weight else math.nan
+        curve.append(row | dict(path_kl=path_kl, gradient_norm=norm.item()))
         progress.set_postfix(reward=f"{row['reward']:.2f}", refresh=False)
     return denoiser.requires_grad_(False), curve
 

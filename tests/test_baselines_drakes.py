@@ -61,6 +61,26 @@ def test_the_sampler_has_the_law_of_dna_finetunes(gradient_steps, tau):
     assert stats.chisquare(observed, n * law(Table(p), 1).numpy(), sum_check=False).pvalue < 1e-6
 
 
+@pytest.mark.parametrize("gradient_steps", [0, 1, 3, 9])
+def test_the_last_steps_are_soft(gradient_steps):
+    model, seen = Pair(1), []
+    sampler = 50, 2, 4, gradient_steps, 1.0, 0.0, generator()
+    x, _ = drakes.rollout(lambda x: seen.append(x) or model(x), None, *sampler)
+    soft = [bool((x[..., :4] != x[..., :4].round()).any()) for x in (*seen[1:], x)]
+    assert soft == [left <= gradient_steps for left in (4, 3, 2, 1)]
+
+
+def test_path_kl_counts_the_soft_share_that_is_masked():
+    model, pretrained, seen = Pair(1).requires_grad_(False), Pair(2).requires_grad_(False), []
+    sampler = 50, 2, 4, 2, 0.7, 1.0, generator()
+    _, kl = drakes.rollout(lambda x: seen.append(x) or model(x), pretrained, *sampler)
+    expected = 0
+    for x, left in zip(seen, (4, 3, 2, 1), strict=True):
+        divergence = F.kl_div(pretrained(x), model(x), reduction="none", log_target=True).sum(-1)
+        expected = expected + (x[..., 4] * divergence).sum(-1) / left
+    torch.testing.assert_close(kl, expected)
+
+
 @pytest.mark.parametrize("steps, gradient_steps, kl_weight", [(3, 9, 0.0), (4, 1, 0.0), (3, 3, 0.5), (4, 2, 0.5)])
 def test_gradient_is_that_of_finite_differences_with_the_noise_held_fixed(steps, gradient_steps, kl_weight):
     """The rewards are linear, so that the straight-through gradient is the true one of the soft letters."""
@@ -118,6 +138,16 @@ def test_tuning_raises_the_reward_and_the_kl_holds_back():
         assert [row["step"] for row in curve] == list(range(30)) and (curve[-1]["path_kl"] > 0) == (kl_weight > 0)
     start = (law(table(p), 4) * reward).sum().item()
     assert mean[0.0] > start + 0.7 and abs(mean[10.0] - start) < 0.3 * (mean[0.0] - start)
+
+
+def test_the_oracle_sees_letters_and_gradients_are_of_one_update():
+    def oracle(x):
+        assert (x - x.round()).abs().max() < 1e-5 and x.requires_grad
+        return reward(x)
+
+    reward, p = Reward(random_reward(9)), random_law(8)
+    _, curve = drakes.finetune(table(p), oracle, 3, 4, 1, drakes.Args(updates=10, batch=256, lr=1e-9))
+    assert curve[9]["gradient_norm"] < 2 * curve[0]["gradient_norm"]
 
 
 def test_batches_of_an_update_are_averaged():
