@@ -81,33 +81,35 @@ def mean(values):
 
 
 def draw(curves, minutes, path):
-    """Means over seeds with t-intervals, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes."""
-    figure = Figure(figsize=(max(5.5, 4 * len(curves)), 10), layout="constrained")
+    """Means over seeds with t-intervals, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
+
+    A row that compares nothing is left out.
+    """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
     color = {method: f"C{i}" for names in (PAPER, known) for i, method in enumerate(names)} | {"simpo_neg": "black"}
-    for column, (env_id, methods) in zip(
-        figure.subplots(3, len(curves), sharey="col", squeeze=False).T, curves.items(), strict=True
-    ):
-        ours = [method for method in PAPER if method in methods]
-        others = [method for method in methods if method == "simpo_neg" or method not in PAPER]
-        for panel, group in zip(column, (ours, others, others), strict=True):
-            for method in group:
-                seeds = methods[method]
+    others = ["simpo_neg", *known]
+    timed = [method for method in others if minutes(method, 0) is not None]
+    rows = [(list(PAPER), False), (others, False), (timed, True)]
+    rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
+    figure = Figure(figsize=(max(5.5, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
+    for column, (env_id, curves_of) in enumerate(curves.items()):
+        panels[0, column].set(title=env_id)
+        for panel, (methods, by_minutes) in zip(panels[:, column], rows, strict=True):
+            for method in (method for method in methods if method in curves_of):
+                seeds = curves_of[method]
                 steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
                 returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
-                x = [minutes(method, step) for step in steps] if panel is column[2] else steps
-                if None not in x:
-                    panel.plot(
-                        x, returns.mean(0), color=color[method], label=f"{PAPER.get(method, method)} ({len(returns)})"
-                    )
-                    if len(returns) > 1:
-                        low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
-                        panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
-        column[0].set(title=env_id)
-        column[0].legend(fontsize="small", frameon=False)
-        column[1].legend(fontsize="small", frameon=False)
-        column[1].set(xlabel="environment steps")
-        column[2].set(xlabel="minutes of one core, evaluations left out")
+                x = [minutes(method, step) for step in steps] if by_minutes else steps
+                panel.plot(
+                    x, returns.mean(0), color=color[method], label=f"{PAPER.get(method, method)} ({len(returns)})"
+                )
+                if len(returns) > 1:
+                    low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
+                    panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
+            panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
+            if not by_minutes:
+                panel.legend(fontsize="small", frameon=False)
     figure.supylabel("return: mean over (seeds), 95% interval")
     figure.savefig(path, dpi=100)
 
