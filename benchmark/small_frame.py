@@ -110,7 +110,7 @@ def draw(curves, minutes, path):
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
             if not by_minutes:
                 panel.legend(fontsize="small", frameon=False)
-    figure.supylabel("return: mean over (seeds), 95% interval")
+    figure.supylabel("return (seeds), 95% interval")
     figure.savefig(path, dpi=100)
 
 
