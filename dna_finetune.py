@@ -48,6 +48,7 @@ Length = Annotated[int, "at least 13, the longest site", lambda n: n >= 13]
 Seed = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
+Bound = Annotated[float, "above 0", lambda x: x > 0]
 Share = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
 Decay = Annotated[float, "at least 0 and below 1", lambda x: 0 <= x < 1]
 File = Annotated[str, "a file that is there", lambda path: not path or Path(path).is_file()]
@@ -98,6 +99,7 @@ class Args:
     elbo_draws: Count = 2  # masked copies of each sequence per Adam step
     lr: Positive = 5e-4  # learning rate of fine-tuning
     grad_norm: Positive = 10.0  # gradients are scaled down to this norm
+    loss_clip: Bound = math.inf  # -log p of a letter, in nats, is cut here where the weight is negative: bounds case II
     kl_weight: NonNegative = 0.0  # weight of the KL to the pretrained model, per token; 0 as in the paper
     samples_from: Literal["tuned", "pretrained"] = "tuned"  # p_old: the model as it is now, or as it was at first
 
@@ -320,7 +322,8 @@ def finetune(pretrained, oracle, length, method, seed, args, judges):
         for _ in range(args.updates):
             noisy, masked, factor = corrupt(x, args.elbo_draws, generator)
             log_p = denoiser(noisy.flatten(0, 1)).view(*noisy.shape, 4)
-            loss = (weights * elbo_loss(log_p, x, masked, factor).mean(-1)).mean() / length
+            cut = torch.where(weights[:, None, None, None] < 0, log_p.clamp(min=-args.loss_clip), log_p)
+            loss = (weights * elbo_loss(cut, x, masked, factor).mean(-1)).mean() / length
             if args.kl_weight:
                 with torch.no_grad():
                     log_prior = pretrained(noisy.flatten(0, 1)).view(*noisy.shape, 4)
@@ -775,8 +778,8 @@ if __name__ == "__main__":
     random_likelihood = log_likelihood(models["pretrained"], random_x, args.eval_elbo_draws, args.seed).median()
 
     # Fine-tuning and evaluation of every method with every seed.
-    tuned_by = "num_particles temperature_rule target_kl temperature rounds updates elbo_draws lr grad_norm kl_weight"
-    tuned_by = settings(f"{tuned_by} samples_from sampling_steps sampling_dtype")
+    tuned_by = "num_particles temperature_rule target_kl temperature rounds updates elbo_draws lr grad_norm loss_clip"
+    tuned_by = settings(f"{tuned_by} kl_weight samples_from sampling_steps sampling_dtype")
     evaluated_by = settings("top_share sampling_steps eval_samples eval_elbo_draws seed sampling_dtype")
     judges = {} if args.data else dict(true_activity=true_activity)
     rows, curves = [], []
@@ -802,8 +805,8 @@ if __name__ == "__main__":
             writer.add_scalar(f"evaluation/{method}/{name}", row[name], seed)
         if row["log_likelihood"] < random_likelihood:
             print(f"warning: {tag} has collapsed: less likely under the pretrained model than random sequences")
-        if lowest_loss < 0 and method != "wd1":
-            print(f"warning: the loss of {tag} fell to {lowest_loss:.2f}: below 0 it has no bound (case II)")
+        if lowest_loss < 0 and method != "wd1" and args.loss_clip == math.inf:
+            print(f"warning: the loss of {tag} fell to {lowest_loss:.2f}: below 0 it has no bound; see --loss-clip")
         if row["distinct"] < 0.5:
             print(f"warning: {tag} repeats itself: {row['distinct']:.0%} of its sequences are distinct")
     writer.close()

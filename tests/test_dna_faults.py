@@ -49,6 +49,7 @@ BAD_FLAGS = [
     ("--epsilon -1", "--epsilon must be at least 0"),
     ("--epsilon nan", "--epsilon must be at least 0"),
     ("--lr 0", "--lr must be above 0"),
+    ("--loss-clip 0", "--loss-clip must be above 0"),
     ("--rounds 0", "--rounds must be at least 1"),
     ("--seeds 0", "--seeds must be at least 1"),
     ("--num-particles 4 --target-kl 1.5", "--target-kl must be above 0 and below log(num_particles)"),
@@ -199,5 +200,6 @@ def test_loss_that_is_not_finite_stops_with_one_line(run_dna):  # noqa: F811
 
 
 def test_user_is_told_of_an_unbounded_loss(run_dna):  # noqa: F811
-    _, out = run_dna(*"--methods lin-neg --epsilon 30 --rounds 12 --updates 8 --lr 0.1".split())
-    assert "warning: the loss of lin-neg-seed1 fell to" in out
+    flags = "--methods lin-neg --epsilon 30 --rounds 12 --updates 8 --lr 0.1".split()
+    assert "warning: the loss of lin-neg-seed1 fell to" in run_dna(*flags)[1]
+    assert "warning: the loss" not in run_dna(*flags, "--loss-clip", "5")[1]

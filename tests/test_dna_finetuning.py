@@ -1,6 +1,7 @@
 """dna_finetune.py: the weights by name, their temperatures, and that fine-tuning ends where the weights say."""
 
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -124,3 +125,19 @@ def test_authors_rule_has_the_published_greediness_and_is_what_finetune_takes(mo
     monkeypatch.setattr(dna, "weigh", lambda method, q, *_: dna.weigh_as_authors(method, q, 0.5))
     (same, _) = tune("lin-neg", p, reward, **small | dict(temperature_rule="kl"))
     assert torch.equal(authors.logits, same.logits) and not torch.equal(authors.logits, ours.logits)
+
+
+def test_loss_clip_spares_letters_that_are_unlikely_already_and_positive_weights(monkeypatch):
+    """Adam moves whatever has a gradient: with weights of -1 the letters of p > e^-1 alone, with 1 the sampled ones."""
+    p, reward = random_law(8), torch.zeros(64)
+    start = Table(p).logits.detach()
+    unlikely = (start.softmax(-1).amax(-1) < math.exp(-1))[..., None]  # (125, 3, 1): all four letters are
+    moved = {}
+    for sign, clip in itertools.product((-1.0, 1.0), (1.0, math.inf)):
+        monkeypatch.setattr(dna, "weigh", lambda method, q, *_, sign=sign: torch.full_like(q, sign))
+        table, lowest = tune("lin-neg", p, reward, rounds=1, updates=1, loss_clip=clip)
+        moved[sign, clip] = table.logits != start
+        assert (lowest > -1 - 1e-6) == ((sign, clip) != (-1.0, math.inf))
+    assert not (moved[-1.0, 1.0] & unlikely).any() and (moved[-1.0, 1.0] & ~unlikely).float().sum() > 50
+    assert (moved[-1.0, math.inf] & unlikely).float().sum() > 50
+    assert torch.equal(moved[1.0, 1.0], moved[1.0, math.inf]) and torch.equal(moved[1.0, 1.0], moved[-1.0, math.inf])
