@@ -2,13 +2,16 @@
 
     python benchmark/dna_table.py runs/simulated__* --out benchmark/dna/simulated
 
-Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), score_likelihood.png, and rounds.png: what
-the reward oracle says and what is true over the rounds of fine-tuning. A method's rows with the authors' lambdas are
-named so. Seconds are of the fine-tuning before and of one draw of the judged sequences, on the machine as it was.
+Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), differences.csv (of every two methods,
+paired by seed), score_likelihood.png, and rounds.png: what the reward oracle says and what is true over the rounds of
+fine-tuning, thin lines being single seeds. A method's rows with the authors' lambdas or with --loss-clip are named so.
+Seconds are of the fine-tuning before and of one draw of the judged sequences, on the machine as it was.
 """
 
 import csv
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +41,15 @@ class Args:
 def read(folder):
     """The rows and the curves of a run, methods named with their rule, numbers as floats; SystemExit if it has none."""
     try:
-        authors = json.loads((folder / "args.json").read_text()).get("temperature_rule") == "authors"
+        settings = json.loads((folder / "args.json").read_text())
+        suffix = ", authors" if settings.get("temperature_rule") == "authors" else ""
+        suffix += f", clip {settings['loss_clip']:g}" if settings.get("loss_clip", math.inf) < math.inf else ""
         tables = [list(csv.DictReader((folder / "rows.csv").open())), []]
         if (folder / "curves.csv").exists():
             tables[1] = list(csv.DictReader((folder / "curves.csv").open()))
         for row in tables[0] + tables[1]:
             row |= {key: float(x) for key, x in row.items() if key != "method" and x}
-            row["method"] += ", authors" if authors and row["method"] != "pretrained" else ""
+            row["method"] += suffix if row["method"] != "pretrained" else ""
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{folder} is no finished run: {error}") from None
     rows, curves = tables
@@ -100,6 +105,17 @@ if __name__ == "__main__":
     write(args.out / "table.csv", table)
     write(args.out / "rows.csv", list(rows))
 
+    differences, by_key = [], {(row["method"], row["seed"]): row for row in rows}
+    for low, high in itertools.combinations(methods, 2):
+        seeds = [seed for method, seed in by_key if method == low and (high, seed) in by_key]
+        line = dict(difference=f"{high} minus {low}", seeds=" ".join(f"{seed:g}" for seed in seeds))
+        for name in ("pred_activity", "reward_oracle", "true_activity"):
+            pairs = [(by_key[high, seed].get(name, math.nan), by_key[low, seed].get(name, math.nan)) for seed in seeds]
+            several = len(pairs) > 1 and not np.isnan(pairs).any()
+            line[name] = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([a - b for a, b in pairs])) if several else ""
+        differences.append(line)
+    write(args.out / "differences.csv", differences)
+
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in methods:
         mine = [row for row in rows if row["method"] == method]
@@ -121,8 +137,11 @@ if __name__ == "__main__":
             mine = [row for row in curves if row["method"] == method]
             steps = sorted({row["step"] for row in mine})
             mean = [np.mean([row[name] for row in mine if row["step"] == step]) for step in steps]
-            style = "--" if "authors" in method else "-"
+            style = ":" if "clip" in method else "--" if "authors" in method else "-"
             ax.plot(steps, mean, style, color=colour(method), label=method)
+            for seed in {row["seed"] for row in mine}:
+                single = [(row["step"], row[name]) for row in mine if row["seed"] == seed]
+                ax.plot(*zip(*sorted(single), strict=True), color=colour(method), linewidth=0.5, alpha=0.3)
         ax.set(xlabel="round (DRAKES: update)", ylabel=label)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(args.out / "rounds.png", dpi=120)

@@ -257,6 +257,16 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     assert table["exp, authors"]["pred_activity"] == "3.00" and table["cg"]["true_activity"] == ""
     assert len(list(csv.DictReader(Path("table/rows.csv").open()))) == 6
     assert all(Path("table", name).stat().st_size > 5000 for name in ("score_likelihood.png", "rounds.png"))
+    difference = {row["difference"]: row for row in csv.DictReader(Path("table/differences.csv").open())}
+    assert len(difference) == 6 and difference["exp, authors minus exp"]["pred_activity"] == ""  # one seed in common
+
+    settings = dict(temperature_rule="authors", loss_clip=5.0)
+    run("clip", settings, [row("exp", seed, x) for seed, x in [(3, 4.0), (1, 2.5), (2, 2.5)]])
+    run_file("benchmark/dna_table.py", "kl", "clip", "--out", "paired")
+    difference = {row["difference"]: row for row in csv.DictReader(Path("paired/differences.csv").open())}
+    half = 4.302653 / math.sqrt(3)  # the differences by seed are 1.5, 0.5 and -0.5
+    expected = f"0.50 [{0.5 - half:.2f}, {0.5 + half:.2f}]"
+    assert difference["exp, authors, clip 5 minus exp"]["pred_activity"] == expected
     Path("no").mkdir()
     run("twice", {}, [row("cg", 1, 4.0)])
     for other, why in ("no", "no is no finished run"), ("twice", "twice: another run has cg, seed 1, too"):
