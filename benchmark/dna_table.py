@@ -5,7 +5,8 @@
 Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), differences.csv (of every two methods,
 paired by seed), score_likelihood.png, and rounds.png: what the reward oracle says and what is true over the rounds of
 fine-tuning, thin lines being single seeds. A method's rows with the authors' lambdas or with --loss-clip are named so.
-Seconds are of the fine-tuning before and of one draw of the judged sequences, on the machine as it was.
+largest_fall is how far the oracle's median ever was below its best before. Seconds are of the fine-tuning before and of
+one draw of the judged sequences, on the machine as it was.
 """
 
 import csv
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 COLUMNS = {  # of the table: digits
     **dict(pred_activity=2, reward_oracle=2, true_activity=2, kmer_correlation=2, log_likelihood=1),
-    **dict(distinct=3, distance=3, train_seconds=0, draw_seconds=0),
+    **dict(distinct=3, distance=3, largest_fall=1, train_seconds=0, draw_seconds=0),
 }
 COLOURS = dict(zip("wd1 exp linear square lin-neg sqr-neg".split(), plt.cm.tab10.colors, strict=False))
 COLOURS |= {"cfg": "tab:pink", "cg": "tab:gray", "smc": "gold", "tds": "navy"}
@@ -53,9 +54,11 @@ def read(folder):
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{folder} is no finished run: {error}") from None
     rows, curves = tables
-    for row in rows:  # dna_finetune.py has the seconds of its fine-tuning in the curve
-        mine = [c["seconds"] for c in curves if (c["method"], c["seed"]) == (row["method"], row["seed"])]
-        row.setdefault("train_seconds", max(mine, default=0.0))
+    for row in rows:
+        mine = [c for c in curves if (c["method"], c["seed"]) == (row["method"], row["seed"])]
+        row.setdefault("train_seconds", max((c["seconds"] for c in mine), default=0.0))  # of dna_finetune.py
+        if rewards := [c["reward"] for c in mine if "reward" in c]:
+            row["largest_fall"] = float(np.max(np.maximum.accumulate(rewards) - rewards))
     return rows, curves
 
 
@@ -109,7 +112,7 @@ if __name__ == "__main__":
     for low, high in itertools.combinations(methods, 2):
         seeds = [seed for method, seed in by_key if method == low and (high, seed) in by_key]
         line = dict(difference=f"{high} minus {low}", seeds=" ".join(f"{seed:g}" for seed in seeds))
-        for name in ("pred_activity", "reward_oracle", "true_activity"):
+        for name in ("pred_activity", "reward_oracle", "true_activity", "largest_fall"):
             pairs = [(by_key[high, seed].get(name, math.nan), by_key[low, seed].get(name, math.nan)) for seed in seeds]
             several = len(pairs) > 1 and not np.isnan(pairs).any()
             line[name] = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([a - b for a, b in pairs])) if several else ""

@@ -240,7 +240,9 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
 
     rows = [row("pretrained", 1, 0.25), *(row("exp", seed, x) for seed, x in [(1, 1.0), (2, 2.0), (3, 4.5)])]
     curve = [
-        dict(method="exp", seed=s, step=k, seconds=s * k, reward=0, true_activity=0) for s in (1, 2, 3) for k in (0, 9)
+        dict(method="exp", seed=s, step=k, seconds=s * k, reward=s * reward, true_activity=0)
+        for s in (1, 2, 3)
+        for k, reward in ((0, 1), (5, 3), (8, 1), (9, 2))  # after its best, 3, it falls by 2 to 1
     ]
     run("kl", dict(temperature_rule="kl"), rows, curve)
     run("authors", dict(temperature_rule="authors"), [row("pretrained", 1, 0.25), row("exp", 1, 3.0)])
@@ -254,6 +256,7 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
         and table["exp"]["seeds"] == "1 2 3"
     )
     assert table["exp"]["train_seconds"].startswith("18 [") and table["cg"]["draw_seconds"] == "7"
+    assert table["exp"]["largest_fall"].startswith("4.0 [") and table["cg"]["largest_fall"] == ""
     assert table["exp, authors"]["pred_activity"] == "3.00" and table["cg"]["true_activity"] == ""
     assert len(list(csv.DictReader(Path("table/rows.csv").open()))) == 6
     assert all(Path("table", name).stat().st_size > 5000 for name in ("score_likelihood.png", "rounds.png"))
