@@ -146,5 +146,8 @@ if __name__ == "__main__":
                 single = [(row["step"], row[name]) for row in mine if row["seed"] == seed]
                 ax.plot(*zip(*sorted(single), strict=True), color=colour(method), linewidth=0.5, alpha=0.3)
         ax.set(xlabel="round (DRAKES: update)", ylabel=label)
+        if any("drakes" in row["method"] and name in row for row in curves):  # many updates
+            ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+            ax.set_xlim(left=0)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(args.out / "rounds.png", dpi=120)
