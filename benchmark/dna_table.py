@@ -58,7 +58,7 @@ def read(folder):
         mine = [c for c in curves if (c["method"], c["seed"]) == (row["method"], row["seed"])]
         row.setdefault("train_seconds", max((c["seconds"] for c in mine), default=0.0))  # of dna_finetune.py
         if rewards := [c["reward"] for c in mine if "reward" in c]:
-            row["largest_fall"] = float(np.max(np.maximum.accumulate(rewards) - rewards))
+            row["largest_fall"] = round(float(np.max(np.maximum.accumulate(rewards) - rewards)), 4)
     return rows, curves
 
 
