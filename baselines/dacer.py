@@ -177,10 +177,10 @@ class DiffusionPolicy(nn.Module):
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
             extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # before step i comes i + 1; 0 if one h is infinite
-        self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
+        coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
-        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], dim=1).float(), persistent=False)  # (T, 2)
+        self.register_buffer("step_coefficients", coefficients.float(), persistent=False)
         self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
         sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
@@ -209,7 +209,7 @@ class DiffusionPolicy(nn.Module):
             action_0 = (alpha * action - sigma * velocity).clamp(-1, 1)
             action = from_t * action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
             action_0_before = action_0
-            if std > 0:
+            if self.solver == "ddpm" and i > 0:
                 action = action + std * noise[i]
         return action
 

@@ -159,10 +159,10 @@ class DiffusionPolicy(nn.Module):
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
             extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # before step i comes i + 1; 0 if one h is infinite
-        self.step_coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1).tolist()  # (T, 6)
+        coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
-        self.register_buffer("alpha_sigma", torch.stack([alpha, sigma], dim=1).float(), persistent=False)  # (T, 2)
+        self.register_buffer("step_coefficients", coefficients.float(), persistent=False)
         self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
         sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
@@ -186,7 +186,7 @@ class DiffusionPolicy(nn.Module):
         obs_embedding, time_embedding = self.embed(obs)
         one_hot = F.one_hot(t, len(time_embedding)).float()  # the gradient of time_embedding[t] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, 1, H)
-        alpha, sigma = self.alpha_sigma[t].split(1, dim=-1)  # (B, 1, 1)
+        alpha, sigma = self.step_coefficients[t, :2].split(1, dim=-1)  # (B, 1, 1)
         noise = sigma * noisy_action + alpha * self.velocity(noisy_action, embedding)  # eps_theta
         return (noise - target_noise).square().mean()
 
@@ -201,7 +201,7 @@ class DiffusionPolicy(nn.Module):
             action_0 = (alpha * action - sigma * velocity).clamp(-1, 1)
             action = from_t * action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
             action_0_before = action_0
-            if std > 0:
+            if self.solver == "ddpm" and i > 0:
                 action = action + std * noise[i]
         return action
 
@@ -500,7 +500,7 @@ if __name__ == "__main__":
 
             # The gradient of Q at the noised actions of the buffer, and the noise that it asks for.
             t = torch.randint(args.diffusion_steps, (B, 1), generator=generator, device=device)
-            alpha, sigma = policy.alpha_sigma[t].split(1, dim=-1)  # (B, 1, 1)
+            alpha, sigma = policy.step_coefficients[t, :2].split(1, dim=-1)  # (B, 1, 1)
             noise = torch.randn(B, 1, action_dim, generator=generator, device=device)
             noisy_action = alpha * batch_action[:, None] + sigma * noise
             gradient = q_gradient(critic, batch_obs, noisy_action)  # (B, 1, A)

@@ -69,7 +69,7 @@ def train(folder, command, cpus, gpus):
             return
         checkpoints = list(folder.glob("runs/*/checkpoint.pt"))
         if checkpoints:
-            command = [*command[:1], "--resume", str(checkpoints[0].parent.relative_to(folder))]
+            command = [*command, "--resume", str(checkpoints[0].parent.relative_to(folder))]
         else:  # it was killed before there was anything to go on from
             shutil.rmtree(folder / "runs", ignore_errors=True)
         print(f"$ {shlex.join(command)}", file=log, flush=True)

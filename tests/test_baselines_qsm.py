@@ -27,18 +27,18 @@ def test_on_a_quadratic_q_the_sampler_is_a_linear_recursion(monkeypatch, solver,
     """
     k, m = 3.0, torch.tensor([0.3, -0.5])
     policy = qsm.DiffusionPolicy(1, 2, 8, solver, steps)
-    alphas, sigmas = policy.alpha_sigma.double().T.numpy()
+    alphas, sigmas = policy.step_coefficients[:, :2].double().T.numpy()
 
     def velocity(noisy_action, embedding):
         i = embedding.long()  # the index of the time, put in the place of the embedding
-        alpha, sigma = policy.alpha_sigma[i][..., 0, :].split(1, dim=-1)
+        alpha, sigma = policy.step_coefficients[i][..., 0, :2].split(1, dim=-1)
         return (sigma * k * (noisy_action - m) - sigma * noisy_action) / alpha.where(i < steps - 1, torch.inf)
 
     monkeypatch.setattr(policy, "velocity", velocity)
     monkeypatch.setattr(policy, "embed", lambda obs: (torch.zeros(len(obs), 1, 1), torch.arange(1.0 * steps)[:, None]))
     monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *bounds: x)
     t, noisy_action = torch.randint(steps - 1, (64, 1)), torch.randn(64, 1, 2)
-    target = policy.alpha_sigma[t][..., 1:] * k * (noisy_action - m)
+    target = policy.step_coefficients[t, 1:2] * k * (noisy_action - m)
     assert policy.loss(torch.zeros(64, 1), noisy_action, t, target) < 1e-9
 
     mean, variance = np.zeros(2), 1.0

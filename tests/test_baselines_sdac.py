@@ -23,7 +23,7 @@ def test_clean_actions_are_truncated_normals(alpha, noisy_action):
 
 def test_clean_actions_of_pure_noise_are_uniform():
     policy = sdac.DiffusionPolicy(1, 1, 8, "dpm", 8)
-    alpha, sigma = policy.alpha_sigma[-1].view(2, 1, 1, 1)
+    alpha, sigma = policy.step_coefficients[-1, :2].view(2, 1, 1, 1)
     draws = sdac.draw_clean_actions(torch.full((1, 1, 1), 3.0), alpha, sigma, 20_000, torch.Generator().manual_seed(0))
     assert kstest(draws.flatten().double().numpy(), "uniform", (-1, 2)).pvalue > 1e-3
 
@@ -37,7 +37,7 @@ def test_the_optimum_samples_exp_q_over_lambda(monkeypatch):
 
     policy, generator = sdac.DiffusionPolicy(1, 1, 8, "dpm", steps), torch.Generator().manual_seed(0)
     table = []
-    for alpha, sigma in policy.alpha_sigma:
+    for alpha, sigma in policy.step_coefficients[:, :2]:
         inside = grid.clamp(-alpha - 5 * sigma, alpha + 5 * sigma)[:, None, None]
         particles = sdac.draw_clean_actions(inside, alpha, sigma, 500, generator)  # (401, 500, 1)
         weights = torch.softmax(q(particles) / temperature, dim=1)

@@ -124,7 +124,7 @@ def test_blocks_keep_states_and_draws_together():
         goal = embedding[..., 2:]
         return (alpha * (action - alpha * goal) - sigma**2 * goal) / sigma  # alpha eps - sigma a_0, for a_0 = goal
 
-    coefficients = policy.alpha_sigma
+    coefficients = policy.step_coefficients[:, :2]
     policy.embed = lambda obs: (
         torch.cat([torch.zeros(len(obs), 1, 2), obs[:, None]], -1),
         torch.cat([coefficients, torch.zeros(8, 1)], 1),
