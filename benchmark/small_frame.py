@@ -27,6 +27,7 @@ PAPER = {  # its names of the weightings
     **{"simpo_neg": "Lin. Neg.", "simpo_neg power=2": "Sqr. Neg."},
 }
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
+TASK = "action-repeat=", "reward-landscape="  # flags that make another task
 
 
 @dataclass
@@ -40,8 +41,10 @@ class Args:
 
 
 def label(script, flags):
-    """A method's name: the script with the flags that it does not have from the frame."""
-    return " ".join([script, *(flag for flag in flags.split() if flag not in OURS)])
+    """A method's name: the script with the flags that it has neither from the frame nor from the task."""
+    launched = [Path(flag[len("script=") :]).stem for flag in flags.split() if flag.startswith("script=")]
+    own = [flag for flag in flags.split() if flag not in OURS and not flag.startswith(("script=", *TASK))]
+    return " ".join([*(launched or [script]), *own])
 
 
 def read(path):
@@ -64,9 +67,9 @@ def add(sweep, path):
         script, env_id, flags, seed = file.parts[-5:-1]
         (evaluations,) = file.parent.glob("runs/*/eval.csv")
         steps, returns = stats.read(evaluations)
-        runs[label(script, flags), env_id, int(seed)] = dict(
-            zip(steps.tolist(), returns.round(3).tolist(), strict=True)
-        )
+        task = " ".join([env_id, *(flag for flag in flags.split() if flag.startswith(TASK))])
+        curve = dict(zip(steps.tolist(), returns.round(3).tolist(), strict=True))
+        runs[label(script, flags), task, int(seed)] = curve
     rows = [(*run, *point) for run, curve in sorted(runs.items()) for point in curve.items()]
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *rows])
@@ -94,7 +97,7 @@ def draw(curves, minutes, path):
     figure = Figure(figsize=(max(5.5, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
     for column, (env_id, curves_of) in enumerate(curves.items()):
-        panels[0, column].set(title=env_id)
+        panels[0, column].set(title=env_id.replace(" ", "\n"))
         for panel, (methods, by_minutes) in zip(panels[:, column], rows, strict=True):
             for method in (method for method in methods if method in curves_of):
                 seeds = curves_of[method]

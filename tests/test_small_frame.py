@@ -68,6 +68,14 @@ def test_small_frame_adds_a_sweep_and_compares_over_tasks(tmp_path):
     assert "has no run of Swimmer-v4" in small_frame(tmp_path, "Hopper-v4", "Swimmer-v4").stderr
 
 
+def test_flags_of_the_task_and_of_a_launcher_are_no_part_of_the_method(tmp_path):
+    for power, x in ("", 1), (" power=2", 2):
+        flags = f"script=simpo_neg.py action-repeat=4 num-particles=8{power} reward-landscape=exp"
+        sweep(tmp_path / "runs", "cheetah", flags, 1, (0, x))
+    lines = small_frame(tmp_path, "cheetah action-repeat=4 reward-landscape=exp").stdout.splitlines()
+    assert lines[:3] == ["cheetah action-repeat=4 reward-landscape=exp", "simpo_neg: 1; 1", "simpo_neg power=2: 2; 2"]
+
+
 def test_small_frame_writes_nothing_without_runs(tmp_path):
     (tmp_path / "out.csv").write_text("kept")
     command = [sys.executable, "benchmark/small_frame.py", f"--runs={tmp_path}", f"--csv={tmp_path / 'out.csv'}"]
