@@ -22,10 +22,10 @@ import re
 import signal
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, get_args
 
 import matplotlib
 import numpy as np
@@ -116,8 +116,7 @@ class Args:
 
     def __post_init__(self):
         """Raises SystemExit with one line for the first argument that makes no sense."""
-        hints = get_type_hints(Args, include_extras=True)
-        rules = {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+        rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         log_k = math.log(max(self.num_particles, 2))
         rules["target_kl"] = f"above 0 and below log(num_particles) = {log_k:.2f}", lambda kl: 0 < kl < log_k
         rules["split_column"] = "empty without --data", lambda column: self.data or not column
@@ -230,7 +229,7 @@ def reweight(q, temperature, power, epsilon):
     gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = y_max - gap, y_max = (q_max - nu) / temperature
 
     def g(y):
-        return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
+        return y.clamp(min=0) ** power + y.clamp(-epsilon, 0)
 
     sorted_gap = gap.sort(-1).values
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)

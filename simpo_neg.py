@@ -224,7 +224,7 @@ def reweight(q, temperature, power, epsilon):
     gap = (q_max - q.double()) / temperature  # (..., K) >= 0, so y = y_max - gap, y_max = (q_max - nu) / temperature
 
     def g(y):
-        return torch.where(y > 0, y.clamp(min=0) ** power, y.clamp(min=-epsilon))
+        return y.clamp(min=0) ** power + y.clamp(-epsilon, 0)
 
     sorted_gap = gap.sort(-1).values
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)

@@ -34,12 +34,12 @@ import re
 import signal
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -86,8 +86,7 @@ class Args:
 
     def __post_init__(self):
         """Raises SystemExit with one line for the first argument that makes no sense."""
-        hints = get_type_hints(Args, include_extras=True)
-        rules = {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+        rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         for name, (rule, holds) in rules.items():
             if not holds(getattr(self, name)):
                 raise SystemExit(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}")

@@ -1,7 +1,7 @@
 """Means and paired differences of the small frame's last evaluations, with 95% t-intervals: mujoco/small_frame.csv.
 
     python benchmark/small_frame.py                               # the numbers of benchmark/README.md
-    python benchmark/small_frame.py --csv benchmark/mujoco/small_frame_30k.csv --env-ids HalfCheetah-v4
+    python benchmark/small_frame.py --csv benchmark/mujoco/small_frame_30k.csv
     python benchmark/small_frame.py --runs runs/small             # adds a sweep's runs to the file first
 
 Over more than one task: the chance that a run of one method beats one of the other on the same task (stats.py).
@@ -83,6 +83,14 @@ def mean(values):
     return f"{np.mean(values):.0f} [{low:.0f}, {high:.0f}]"
 
 
+def differences(returns):
+    """Prints those of every two methods, paired by seed: returns {method: {seed: return}}."""
+    for one, other in itertools.combinations(returns, 2):
+        pairs = [returns[one][seed] - returns[other][seed] for seed in returns[one].keys() & returns[other].keys()]
+        if len(pairs) > 1:
+            print(f"{one} minus {other}, {len(pairs)} seeds: {mean(pairs)}")
+
+
 def draw(curves, minutes, path):
     """Means over seeds with t-intervals, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
@@ -149,19 +157,20 @@ if __name__ == "__main__":
         }
         for method, returns in last[env_id].items():
             print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
-        for one, other in itertools.combinations(methods, 2):
-            seeds = sorted(methods[one].keys() & methods[other].keys())
-            if len(seeds) > 1:
-                differences = [last[env_id][one][seed] - last[env_id][other][seed] for seed in seeds]
-                print(f"{one} minus {other}, {len(seeds)} seeds: {mean(differences)}")
+        differences(last[env_id])
 
         # Returns at equal computing time: what the method that is done first takes for all its steps.
         known = [method for method in methods if method in costs]
         budget = min((minutes(method, max(x)) for method in known for x in methods[method].values()), default=0)
+        within = {}  # method -> seed -> return
         for method in known:
             step = args.learning_starts + 60_000 * budget / costs[method]
-            values = [np.interp(step, sorted(x), [x[s] for s in sorted(x)]) for x in methods[method].values()]
+            within[method] = {
+                seed: np.interp(step, *np.transpose(sorted(x.items()))) for seed, x in methods[method].items()
+            }
+            values = list(within[method].values())
             print(f"{method}, {costs[method]} ms per update, within {budget:.1f} minutes: {mean(values)}")
+        differences(within)
         print()
 
     shared = [method for method in next(iter(last.values())) if all(method in methods for methods in last.values())]

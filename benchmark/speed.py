@@ -2,24 +2,21 @@
 
     python benchmark/speed.py --env-id HalfCheetah-v4
     python benchmark/speed.py --hidden-dim 64 --batch-size 64 --num-particles 8     # the frame of "a night on a laptop"
-    python benchmark/speed.py --scaling     # over K, batch and solver steps, one at a time: benchmark/scaling.{csv,png}
 
 One thread: OMP_NUM_THREADS=1. The authors' JAX on the same machine: benchmark/jax_speed.py.
 """
 
 import copy
-import csv
 import resource
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import torch
 import tyro
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import simpo_neg as simpo
@@ -36,10 +33,6 @@ class Args:
     device: str = "cpu"  # cpu or cuda
     policy_dtype: Literal["float32", "bfloat16"] = simpo.Args.policy_dtype
     repeats: int = 20  # timed calls of each part; the median is printed
-    scaling: bool = False  # measure over K, batch size and solver steps instead
-
-
-SWEEPS = {"num_particles": [8, 16, 32, 64, 128], "batch_size": [64, 128, 256, 512], "diffusion_steps": [4, 8, 16, 32]}
 
 
 def milliseconds(function, device, repeats):
@@ -107,29 +100,6 @@ def measure(args, obs_dim, action_dim):
     return {name: milliseconds(part, device, args.repeats) for name, part in parts.items()}, bound
 
 
-def scaling(args, obs_dim, action_dim):
-    """Times an update over each setting of SWEEPS, the other two as given; writes scaling.csv and scaling.png."""
-    rows, folder = [], Path(__file__).parent
-    base = sum(measure(args, obs_dim, action_dim)[0].values())
-    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    axes.loglog([1 / 4, 4], [1 / 4, 4], ":", color="grey", label="linear", base=2)
-    for name, values in SWEEPS.items():
-        times, default = [], getattr(args, name)
-        for value in values:
-            changed = replace(args, **{name: value})
-            times.append(base if value == default else sum(measure(changed, obs_dim, action_dim)[0].values()))
-            rows.append({"setting": name, "value": value, "milliseconds": round(times[-1], 1)})
-            print(rows[-1], flush=True)
-        axes.loglog([v / default for v in values], [t / base for t in times], "o-", label=name, base=2)
-    axes.set(xlabel="setting / default", ylabel="time per update / default", title=f"{args.env_id}, {args.device}")
-    axes.legend(frameon=False)
-    axes.figure.savefig(folder / "scaling.png", dpi=110)
-    with open(folder / "scaling.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     shared = {field.name: getattr(args, field.name) for field in fields(args)} | dict(target_kl=1e-9)
@@ -150,10 +120,6 @@ if __name__ == "__main__":
         f"{args.env_id}: {args.batch_size} states x {args.num_particles} actions x {args.diffusion_steps} calls "
         f"({args.solver}), {args.hidden_dim} units, {args.policy_dtype}, {torch.get_num_threads()} threads"
     )
-    if args.scaling:
-        scaling(args, obs_dim, action_dim)
-        raise SystemExit
-
     device = torch.device(args.device)
     buffer = simpo.ReplayBuffer(1_000_000, obs_dim, action_dim, device)
     buffer.rows.normal_()  # full, as at the end of a run

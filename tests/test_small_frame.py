@@ -40,6 +40,7 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
         "simpo_neg minus simpo_neg power=2, 2 seeds: 2 [-11, 15]",
         "simpo_neg, 600.0 ms per update, within 2.0 minutes: 8 [-5, 21]",
         "simpo_neg power=2, 1200.0 ms per update, within 2.0 minutes: 4 [-8, 17]",
+        "simpo_neg minus simpo_neg power=2, 2 seeds: 4 [-22, 29]",  # 7 - 5.5 and 9 - 3.5: 3.5 +- 12.706 x 2
         "",
     ]
     with open(tmp_path / "out.csv") as file:
