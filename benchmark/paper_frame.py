@@ -13,6 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent / "mujoco"
+CURVES = {  # mean and standard deviation of 20 episodes, seed 1
+    "paper_frame.csv": "simpo_neg.py, the paper's sizes: 256 units, batches of 256, K = 32",
+    "small_networks.csv": "the same with 64 units, batches of 64, K = 8",
+}
 PAPER = 13_900  # best variant of its second version on HalfCheetah-v4 after 1M steps, by a listing on the web
 
 if __name__ == "__main__":
@@ -23,11 +27,12 @@ if __name__ == "__main__":
         if not new.read_text().startswith(kept.read_text()):
             raise SystemExit(f"{new} does not go on where {kept} ends: it is another run's")
         shutil.copy(new, kept)
-    rows = list(csv.DictReader((HERE / "paper_frame.csv").open()))
-    step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
     axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    axes.plot(step, mean, label="simpo_neg.py, HalfCheetah-v4, seed 1: mean and deviation of 20 episodes")
-    axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
+    for file, label in CURVES.items():
+        rows = list(csv.DictReader((HERE / file).open()))
+        step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
+        axes.plot(step, mean, label=label)
+        axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
     axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return")
     axes.legend(fontsize="small", frameon=False, loc="lower right")
