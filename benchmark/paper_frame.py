@@ -1,6 +1,6 @@
-"""The run of the paper's length beside the paper's return (Table 2): mujoco/paper_frame.csv and .png.
+"""The runs of the paper's length beside the paper's return (Table 2): mujoco/paper_frame.csv and .png.
 
-python benchmark/paper_frame.py              # draws paper_frame.csv
+python benchmark/paper_frame.py              # draws the files
 python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: the same run, gone on
 """
 
@@ -35,5 +35,5 @@ if __name__ == "__main__":
         axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
     axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return")
-    axes.legend(fontsize="small", frameon=False, loc="lower right")
+    axes.legend(fontsize="small", frameon=False, loc="center right")
     axes.figure.savefig(HERE / "paper_frame.png", dpi=100)
