@@ -34,6 +34,6 @@ if __name__ == "__main__":
         axes.plot(step, mean, label=label)
         axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
-    axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return")
+    axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return", title="HalfCheetah-v4, seed 1")
     axes.legend(fontsize="small", frameon=False, loc="center right")
     axes.figure.savefig(HERE / "paper_frame.png", dpi=100)

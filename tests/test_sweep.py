@@ -220,5 +220,6 @@ def test_a_training_ends_the_same_after_its_worker_was_killed(sweep, tmp_path):
     expected = undisturbed(tmp_path / "alone", script, *flags)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "--resume" in (folder / "log").read_text()
+    again = [line for line in (folder / "log").read_text().splitlines() if line.startswith("$") and "--resume" in line]
+    assert again and all("--env-id" in line for line in again)  # a launcher needs its flags then, too
     assert len(expected) == 2 and evaluations(folder) == expected
