@@ -176,8 +176,7 @@ class DiffusionPolicy(nn.Module):
 
     def embed(self, obs):
         """What s and t add to the first layer, whatever the action: obs (B, S) -> (B, 1, H), time (T, H)."""
-        inputs = [self.action_dim, obs.shape[1], self.time_features.shape[1]]
-        _, obs_weight, time_weight = self.layers[0].weight.split(inputs, dim=1)
+        obs_weight, time_weight = self.layers[0].weight[:, self.action_dim :].tensor_split([obs.shape[1]], dim=1)
         return F.linear(obs, obs_weight, self.layers[0].bias)[:, None], F.linear(self.time_features, time_weight)
 
     def velocity(self, noisy_action, embedding):
@@ -252,15 +251,17 @@ def make_env(args, training=False, video_folder=None):
     env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
-        if video_folder:
+        if video_folder:  # through the model's first camera, if it has one: it follows, the default one may not
+            vars(env.unwrapped).get("render_kwargs", {})["camera_id"] = 0  # of DM Control
+            if hasattr(env.unwrapped, "mujoco_renderer"):  # of Gymnasium
+                env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
     except (gym.error.Error, ImportError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
     continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
     if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
-        rule = "observations and actions must be continuous (Box), actions within bounds"
-        raise SystemExit(f"--env-id {args.env_id}: {rule}; it has {obs_space} and {action_space}")
+        raise SystemExit(f"--env-id {args.env_id} must be continuous, actions bounded, not {obs_space}, {action_space}")
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
     if training and args.reward_landscape != "native":
         physics = env.unwrapped._env.physics
@@ -355,8 +356,7 @@ if __name__ == "__main__":
         fixed = "env_id hidden_dim"
         if args.resume:
             fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps device critic_lr"
-        changed = [name for name in fixed.split() if getattr(args, name) != saved["args"][name]]
-        if changed:
+        if changed := [name for name in fixed.split() if getattr(args, name) != saved["args"][name]]:
             raise SystemExit(f"{run_dir} was made with other {', '.join(changed)}")
     args.check()
 

@@ -121,7 +121,7 @@ def main_blocks(script):
     between = [
         ("# What a flag's value must be", "@dataclass"),
         ("# Arguments. --resume", " critic_lr"),
-        ("changed = [", "# The machine."),
+        ("if changed := [", "# The machine."),
         ("# The machine.", "# Environments, networks"),
         ("obs_dim, action_dim = envs", "critic = Critic"),
         ("def reset(which)", "# Replay buffer."),

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import mujoco
 import numpy as np
 import pytest
 import small_envs
@@ -76,3 +77,16 @@ def test_every_episode_has_its_own_seed(run_script, monkeypatch):
     within = torch.ones(150, dtype=bool).index_fill(0, ends.flatten(), False)
     assert torch.equal(next_obs[:-5][within[:-5]], obs[5:][within[:-5]])  # what follows within an episode
     assert not torch.isclose(next_obs[ends[:-1]], obs[ends[:-1] + 5]).any()  # the true last observation, then a start
+
+
+@pytest.mark.parametrize(
+    "env_id, follows", [("HalfCheetah-v4", True), ("dm_control/cheetah-run-v0", True), ("Reacher-v4", False)]
+)
+def test_videos_are_made_by_the_camera_that_follows(env_id, follows, tmp_path):
+    """Left alone, Gymnasium films HalfCheetah, and shimmy every task, by a camera that stays where it is."""
+    env = simpo_neg.make_env(simpo_neg.Args(env_id=env_id), video_folder=str(tmp_path)).unwrapped
+    if env_id.startswith("dm_control/"):
+        camera, model = env.render_kwargs["camera_id"], env._env.physics.model
+    else:
+        camera, model = env.mujoco_renderer.camera_id, env.model
+    assert (camera >= 0 and model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM) == follows
