@@ -10,13 +10,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import small_frame
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent / "mujoco"
-CURVES = {  # mean and standard deviation of 20 episodes, seed 1
-    "paper_frame.csv": "simpo_neg.py, the paper's sizes: 256 units, batches of 256, K = 32",
-    "small_networks.csv": "the same with 64 units, batches of 64, K = 8",
-}
 PAPER = 13_900  # best variant of its second version on HalfCheetah-v4 after 1M steps, by a listing on the web
 
 if __name__ == "__main__":
@@ -28,12 +25,16 @@ if __name__ == "__main__":
             raise SystemExit(f"{new} does not go on where {kept} ends: it is another run's")
         shutil.copy(new, kept)
     axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    for file, label in CURVES.items():
-        rows = list(csv.DictReader((HERE / file).open()))
-        step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
-        axes.plot(step, mean, label=label)
-        axes.fill_between(step, mean - std, mean + std, alpha=0.2, linewidth=0)
+    with (HERE / "paper_frame.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
+    axes.plot(step, mean, color="black", label="Lin. Neg., the paper's sizes: 256 units, batches of 256, K = 32")
+    axes.fill_between(step, mean - std, mean + std, color="black", alpha=0.2, linewidth=0)
+    for (method, _, seed), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
+        color, style = f"C{list(small_frame.PAPER).index(method)}", ["-", "--", "-.", ":"][seed % 4 - 1]
+        label = f"{small_frame.PAPER[method]}, 64 units, batches of 64, K = 8, seed {seed}"
+        axes.plot(*zip(*sorted(curve.items()), strict=True), color=color, linestyle=style, label=label)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
-    axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return", title="HalfCheetah-v4, seed 1")
-    axes.legend(fontsize="small", frameon=False, loc="center right")
+    axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return", title="HalfCheetah-v4")
+    axes.legend(fontsize="x-small", frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
     axes.figure.savefig(HERE / "paper_frame.png", dpi=100)
