@@ -249,7 +249,7 @@ def shaped_reward(physics, args):
 
 def make_env(args, training=False, video_folder=None):
     """Flat observations, actions in [-1, 1], in training the landscape's reward; SystemExit if the id does not fit."""
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT in the current directory
+    mujoco.set_mju_user_warning(lambda text: "deprecated" in text or warnings.warn(text, stacklevel=2))  # not to a file
     env_id = f"shimmy:{args.env_id}" if args.env_id.startswith("dm_control/") else args.env_id
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))

@@ -10,7 +10,6 @@ policy.gif shows the start of an episode, acting as in evaluation, in real time,
 import importlib
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def film(state, args):
     script = importlib.import_module(state["script"])
     settings = script.Args(**state["args"] | dict(device="cpu"))
     torch.compiler.set_stance("force_eager")
-    mujoco.set_mju_user_warning(warnings.warn)  # instead of a MUJOCO_LOG.TXT
+    mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT
     size = dict(width=args.width, height=args.height)
     env = gym.make(settings.env_id, render_mode="rgb_array", camera_name="track", **size)
     dims = env.observation_space.shape[0], env.action_space.shape[0], settings.hidden_dim

@@ -1,5 +1,6 @@
 """Environments: the landscapes of appendix F.2 in training only, actions within bounds, episodes that differ."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import mujoco
@@ -90,3 +91,13 @@ def test_videos_are_made_by_the_camera_that_follows(env_id, follows, tmp_path):
     else:
         camera, model = env.mujoco_renderer.camera_id, env.model
     assert (camera >= 0 and model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM) == follows
+
+
+def test_mujoco_warns_of_what_matters_and_writes_no_log(recwarn):
+    env = simpo_neg.make_env(simpo_neg.Args(env_id="HalfCheetah-v4"))
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+    env.reset(seed=0)
+    env.unwrapped.data.qvel[:] = np.nan
+    with pytest.warns(UserWarning, match="simulation is unstable"):
+        env.step(env.action_space.sample())
+    assert not Path("MUJOCO_LOG.TXT").exists()
