@@ -34,6 +34,7 @@ class ActionRepeat(gym.Wrapper):
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.error = sys.exit  # one line, without the usage
     parser.add_argument("--script", required=True, help="from the repository's root: simpo_neg.py, baselines/qsm.py")
     parser.add_argument("--action-repeat", type=int, default=2)
     args, flags = parser.parse_known_args()

@@ -47,7 +47,8 @@ def test_a_script_sees_shorter_episodes_and_goes_on(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    for flags, why in ("--script none.py", "no such file"), ("--script simpo_exp.py --action-repeat 0", "at least 1"):
+    repeat = "--script simpo_exp.py --action-repeat"
+    for flags, why in {"--script none.py": "no such file", f"{repeat} 0": "at least 1", f"{repeat} x": "int"}.items():
         result = run(tmp_path, flags)
         assert result.returncode == 1 and why in result.stderr and len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
