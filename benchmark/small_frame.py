@@ -92,9 +92,9 @@ def differences(returns):
 
 
 def draw(curves, minutes, path):
-    """Means over seeds with t-intervals, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
+    """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
-    A row that compares nothing is left out.
+    t-intervals from three seeds on. A row that compares nothing is left out.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
     color = {method: f"C{i}" for names in (PAPER, known) for i, method in enumerate(names)} | {"simpo_neg": "black"}
@@ -115,7 +115,7 @@ def draw(curves, minutes, path):
                 panel.plot(
                     x, returns.mean(0), color=color[method], label=f"{PAPER.get(method, method)} ({len(returns)})"
                 )
-                if len(returns) > 1:
+                if len(returns) > 2:
                     low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
                     panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
