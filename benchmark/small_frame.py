@@ -26,6 +26,11 @@ PAPER = {  # its names of the weightings
     **{"simpo_exp": "Exp", "simpo_power": "Linear", "simpo_power power=2": "Square"},
     **{"simpo_neg": "Lin. Neg.", "simpo_neg power=2": "Sqr. Neg."},
 }
+NAMES = PAPER | {  # in a picture's legend
+    **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO"},
+    **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1", "sdac num-particles=64 temperature=0.2": "SDAC"},
+    **{"gempo_jax": "authors' JAX"},
+}
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 TASK = "action-repeat=", "reward-landscape="  # flags that make another task
 
@@ -112,15 +117,14 @@ def draw(curves, minutes, path):
                 steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
                 returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
                 x = [minutes(method, step) for step in steps] if by_minutes else steps
-                panel.plot(
-                    x, returns.mean(0), color=color[method], label=f"{PAPER.get(method, method)} ({len(returns)})"
-                )
+                name = f"{NAMES.get(method, method)} ({len(returns)})"
+                panel.plot(x, returns.mean(0), color=color[method], label=name)
                 if len(returns) > 2:
                     low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
                     panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
             if not by_minutes:
-                panel.legend(fontsize="small", frameon=False)
+                panel.legend(fontsize="small", frameon=False, loc="upper left")
     figure.supylabel("return (seeds), 95% interval")
     figure.savefig(path, dpi=100)
 
