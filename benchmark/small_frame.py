@@ -27,9 +27,9 @@ PAPER = {  # its names of the weightings
     **{"simpo_neg": "Lin. Neg.", "simpo_neg power=2": "Sqr. Neg."},
 }
 NAMES = PAPER | {  # in a picture's legend
-    **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO"},
-    **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1", "sdac num-particles=64 temperature=0.2": "SDAC"},
-    **{"gempo_jax": "authors' JAX"},
+    **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "gempo_jax": "authors' JAX"},
+    **{"qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO", "sdac num-particles=64 temperature=0.2": "SDAC"},
+    **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1"},
 }
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 TASK = "action-repeat=", "reward-landscape="  # flags that make another task
