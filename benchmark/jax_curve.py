@@ -9,7 +9,8 @@ Install it in an environment of its own. For one thread, as in our runs, set
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1". Theirs is left as it is but for sizes, K,
 delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs. Here are
 5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
-10 episodes, the best of 10 draws. Writes runs/ENVIRONMENT__gempo_jax__SEED__TIME/eval.csv, which stats.py takes, too.
+10 episodes, the best of 10 draws. Writes OUT/gempo_jax/ENVIRONMENT/FLAGS/SEED, as sweep.py: stats.py and small_frame.py
+take it, too.
 """
 
 import argparse
@@ -22,13 +23,18 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+FRAME = {"flow_rl", "env_id", "seed", "total_timesteps", "out"}  # not in the folder's name as flags
 parser = argparse.ArgumentParser()
 parser.add_argument("flow_rl")
-defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=30_000, num_particles=8, target_kl=0.7, hidden_dim=64)
-defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4)
+defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
+defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, out="runs/small")
 for name, default in defaults.items():
     parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
 args = parser.parse_args()
+new = [f"{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in FRAME and v != defaults[k]]
+folder = Path(args.out, "gempo_jax", args.env_id, " ".join(new) or "none", str(args.seed))
+if folder.exists():
+    raise SystemExit(f"{folder} is there; nothing was run")
 sys.path.insert(0, args.flow_rl)
 from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402
 from flowrl.types import Batch  # noqa: E402
@@ -68,9 +74,9 @@ def evaluate():
 
 obs, _ = envs.reset(seed=args.seed)
 envs.action_space.seed(args.seed)
-run_dir = Path(f"runs/{args.env_id}__gempo_jax__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+run_dir = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
 run_dir.mkdir(parents=True)
-(run_dir / "args.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "flow_rl"}, indent=2) + "\n")
+(run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 start, table = time.time(), csv.writer(open(run_dir / "eval.csv", "w", buffering=1))
 table.writerow(["step", "mean", "std", "seconds"])
 for step in range(0, args.total_timesteps, 5):
@@ -94,3 +100,4 @@ for step in range(0, args.total_timesteps, 5):
         returns = evaluate()
         table.writerow([step + 5, returns.mean(), returns.std(), time.time() - start])
         print(step + 5, returns.mean(), returns.std(), flush=True)
+(folder / "finished").touch()
