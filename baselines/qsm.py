@@ -73,7 +73,7 @@ class Args:
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "ddpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
-    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 with dpm, 20 with ddpm
+    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
@@ -90,7 +90,7 @@ class Args:
     eval_episodes: Count = 20  # episodes per evaluation, in parallel environments
     eval_draws: Count = 10  # actions drawn per step in evaluation; the critics' favourite is taken
     log_every: Count = 1_000  # environment steps between logged losses, weights and speeds
-    checkpoint_every: Natural = 50_000  # environment steps between checkpoints, and one at the end; 0: only that
+    checkpoint_every: Natural = 50_000  # environment steps between checkpoints; 0: only at the start and at the end
     resume: str = ""  # runs/<run_name>: go on from its checkpoint; its arguments hold but where given anew
     evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint and train nothing; arguments likewise
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
@@ -250,8 +250,8 @@ def make_env(args, training=False, video_folder=None):
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
     continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
-    if not continuous or not np.isfinite([action_space.low, action_space.high]).all():
-        raise SystemExit(f"--env-id {args.env_id} must be continuous, actions bounded, not {obs_space}, {action_space}")
+    if not continuous or action_space.low.ndim != 1 or not np.isfinite([action_space.low, action_space.high]).all():
+        raise SystemExit(f"--env-id {args.env_id} must be continuous, 1-D bounded actions: {obs_space}, {action_space}")
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
     if training and args.reward_landscape != "native":
         physics = env.unwrapped._env.physics
@@ -339,8 +339,8 @@ if __name__ == "__main__":
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     if args.evaluate or args.resume:
         saved = load(run_dir / "checkpoint.pt")
-        if saved["script"] != script:
-            raise SystemExit(f"{run_dir} was made by {saved['script']}.py")
+        if (maker := saved.get("script")) != script or args.resume and "rows" not in saved:
+            raise SystemExit(f"{run_dir} " + (f"was made by {maker}.py" if maker != script else "has no replay buffer"))
         here = dict(resume="", evaluate="", compile=saved["args"]["compile"] and Args.compile)
         args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"] | here))
         fixed = "env_id hidden_dim"
@@ -358,7 +358,7 @@ if __name__ == "__main__":
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"--device {args.device}: {str(error)[:60].splitlines()[0]}; or --device cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
@@ -407,11 +407,11 @@ if __name__ == "__main__":
             for action in buffer.rows[rows % len(buffer.rows), 2 * obs_dim : -2].cpu().numpy():
                 obs[i], *_ = env.step(action)
         if not np.array_equal(obs, saved["obs"].numpy()):
-            warnings.warn("the environment does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
+            warnings.warn("an episode does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
     # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
     sys.excepthook = lambda kind, error, traceback: (
-        print(f"\nstopped: {why}; once that is mended, go on with --resume {run_dir}", file=sys.stderr)
+        print(f"\nstopped: {why}; once that is mended, start again, or --resume {run_dir}", file=sys.stderr)
         if isinstance(why := error.__context__, OSError) or isinstance(why := error, OSError) or "wandb" in str(kind)
         else sys.__excepthook__(kind, error, traceback)
     )
@@ -463,8 +463,8 @@ if __name__ == "__main__":
                 evaluations.append(dict(step=global_step, mean=mean, std=std, seconds=seconds, returns=returns))
                 write_evaluations(run_dir, evaluations)
 
-        # Checkpoint, when due, at the end, or asked to stop.
-        if times(args.checkpoint_every) or last or stop_signals:
+        # Checkpoint: at the start, when due, at the end, when asked to stop.
+        if global_step == 0 or times(args.checkpoint_every) or last or stop_signals:
             checkpoint()
             if last or stop_signals:
                 break

@@ -95,6 +95,10 @@ class UnboundedActions(PointMass):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
 
 
+class MatrixActions(PointMass):
+    action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
 for name, entry, kwargs in [
     ("PointMass-v0", PointMass, {}),
     ("TimeLimit-v0", TwoStates, {"terminal": False}),
@@ -104,5 +108,6 @@ for name, entry, kwargs in [
     ("DiscreteActions-v0", DiscreteActions, {}),
     ("DiscreteObservations-v0", DiscreteObservations, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),
+    ("MatrixActions-v0", MatrixActions, {}),
 ]:
     gym.register(name, entry, kwargs=kwargs)

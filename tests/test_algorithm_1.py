@@ -182,3 +182,11 @@ def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):
     run_dir = run_script("simpo_neg", *LEARN.split()[:2], *SMALL, *flags.split(), "--eval-every", 0)
     events = EventAccumulator(str(run_dir)).Reload()
     assert events.Scalars("weights/temperature")[-1].value == pytest.approx(math.exp(-20))
+
+
+def test_a_temperature_below_what_float32_holds(run_script):
+    """It is raised to e^-20, as after every update, not to 0, by which nothing can be divided."""
+    flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 50 --eval-every 0"
+    flags += " --temperature 1e-50 --temperature-lr 1e-9"
+    run_dir = run_script("simpo_neg", *SMALL, *flags.split())
+    assert read_checkpoint(run_dir)["log_temperature"].item() == pytest.approx(-20)

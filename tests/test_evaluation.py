@@ -133,6 +133,8 @@ def test_what_is_published_evaluates_alike(run_script, monkeypatch, capsys):
     published = Path("small").resolve()
     assert (published / "checkpoint.pt").stat().st_size < 0.7 * (run_dir / "checkpoint.pt").stat().st_size
     capsys.readouterr()
+    with pytest.raises(SystemExit, match=f"{published} has no replay buffer"):
+        run_script("simpo_neg", "--resume", published)
     with pytest.raises(SystemExit):
         run_script("simpo_neg", "--evaluate", published)
     assert f"return {read_eval(run_dir)[-1]['mean']:.1f} +- " in capsys.readouterr().out

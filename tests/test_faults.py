@@ -99,10 +99,12 @@ def infinite_reward(result):
     return (result[0], float("inf"), *result[2:])
 
 
-@pytest.mark.parametrize("do, name", [(nan_observation, "observation"), (infinite_reward, "reward")])
-def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path, do, name):
+@pytest.mark.parametrize(
+    "do, name, every, kept_step", [(nan_observation, "observation", 60, 240), (infinite_reward, "reward", 0, 0)]
+)
+def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path, do, name, every, kept_step):
     """It stops; and events that were on the disk, but not in the checkpoint, are not shown twice after it."""
-    flags = [*FLAGS, "--eval-every", "300"]
+    flags = [*FLAGS, "--eval-every", "300", "--checkpoint-every", str(every)]
     run_in("calm", "simpo_neg", *flags)
     writers, make = [], torch.utils.tensorboard.SummaryWriter
     with monkeypatch.context() as patch:
@@ -113,7 +115,7 @@ def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path,
     run = run_dir.relative_to(tmp_path / "run")
     assert code == f"stopped at step 300: {name} is not finite; --resume {run} goes back"
     writers[-1].close()  # as at the end of a process
-    assert read_checkpoint(tmp_path / "run")["global_step"] == 240
+    assert read_checkpoint(tmp_path / "run")["global_step"] == kept_step
     assert run_in("run", "simpo_neg", "--resume", run_dir)[1] is None
     assert not differences(results(tmp_path / "calm"), results(tmp_path / "run"))
 

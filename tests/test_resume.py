@@ -178,9 +178,11 @@ def test_resume_refuses_what_cannot_change(run_in, shared_run, changed):
     assert code.startswith(f"{shared_run} was made ") and code.endswith(f"with other {name}")
 
 
-def test_resume_refuses_other_scripts_and_bad_values(run_in, shared_run):
+def test_resume_refuses_other_scripts_and_bad_values(run_in, shared_run, tmp_path):
     for script in ("simpo_exp", "simpo_power"):
         assert run_in("refused", script, "--resume", shared_run)[1] == f"{shared_run} was made by simpo_neg.py"
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "checkpoint.pt")
+    assert run_in("refused", "simpo_neg", "--evaluate", tmp_path)[1] == f"{tmp_path} was made by None.py"
     code = run_in("refused", "simpo_neg", "--resume", shared_run, "--epsilon", "-1")[1]
     assert "--epsilon must be at least 0" in code
     code = run_in("refused", "simpo_neg", "--resume", shared_run, "--target-kl", "2.1")[1]
