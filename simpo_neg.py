@@ -400,7 +400,7 @@ if __name__ == "__main__":
     policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
     critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)  # used under no_grad only
-    log_temperature = torch.tensor(max(math.log(args.temperature or 1), -20), device=device, requires_grad=True)
+    log_temperature = torch.tensor(max(math.log(args.temperature or 1), -20.0), device=device, requires_grad=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     groups = [{"params": policy.parameters()}, {"params": log_temperature, "lr": args.temperature_lr}]
     optimizer = torch.optim.Adam(groups, lr=args.policy_lr, fused=True)
