@@ -34,7 +34,7 @@ args = parser.parse_args()
 new = [f"{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in FRAME and v != defaults[k]]
 folder = Path(args.out, "gempo_jax", args.env_id, " ".join(new) or "none", str(args.seed))
 if folder.exists():
-    raise SystemExit(f"{folder} is there; nothing was run")
+    raise SystemExit(f"{folder} is there: delete it to train it again")
 sys.path.insert(0, args.flow_rl)
 from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402
 from flowrl.types import Batch  # noqa: E402
