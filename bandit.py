@@ -107,7 +107,7 @@ class Trial:
 ESCAPE = Trial()  # figure 2: on the local optimum; 2% of the mass where the reward exceeds the local one's
 BROAD = Trial(distance=3.0, height=0.8, width=0.8, start=0.0, start_std=1.0)  # figure 3, top: between the optima
 SHARP = replace(BROAD, width=0.15)  # figure 3, bottom
-POWER = {"Exp": math.inf, "Linear": 1, "Square": 2, "Lin. Neg.": 1}  # p of each method
+POWER = {"Exp": math.inf, "Linear": 1, "Square": 2, "Lin. Neg.": 1}  # p of each method; inf stands for exp
 METHODS = list(POWER)
 
 
@@ -165,7 +165,7 @@ def dual_step(log_temperature, weights, target_kl, lr):
 
 
 def noise_schedule(solver, steps):
-    """Times t_1 < ... < t_T = 1 and what takes a_t from t = t_i to u = t_{i-1}, with t_0 = 0: (T, 7), row i of t_{i+1}.
+    """Times t_1 < ... < t_T = 1 and what takes a_t from t = t_i to u = t_{i-1}, t_0 = 0: (T, 7); row i has t_{i+1}.
 
     Columns: t, alpha_t, sigma_t, from_t, from_0, extrapolate and std of
         a_u = from_t a_t + from_0 (a_0^ + extrapolate (a_0^ - a_0^ of the step before)) + std z,  z ~ N(0, 1).
@@ -196,8 +196,8 @@ class Policies:
     pi/2: on the schedule alpha = cos(pi t/2), sigma = sin(pi t/2), alpha' a_0 + sigma' eps is alpha eps - sigma a_0.
     """
 
-    def __init__(self, mean, std, generators, rows, hidden_dim, schedule):
-        """mean and std of the starts (R, 1); rows (R,): which of the generators initialises each network."""
+    def __init__(self, mean, std, generators, stream, hidden_dim, schedule):
+        """mean and std of the starts (R, 1); stream (R,): which of the generators initialises each network."""
         self.mean, self.std, self.schedule = mean, std, schedule.float()
         angle = schedule[:, :1] * torch.pi * torch.tensor([0.5, 1.0, 2.0, 3.0])
         self.time_features = torch.cat([angle.sin(), angle.cos()], 1).float()  # (T, 8)
@@ -206,20 +206,20 @@ class Policies:
         for fan_in, fan_out, weight_scale, bias_scale in layers:
             weight = torch.stack([weight_scale * torch.randn(fan_in, fan_out, generator=g) for g in generators])
             bias = torch.stack([bias_scale * torch.randn(1, fan_out, generator=g) for g in generators])
-            self.parameters += [weight[rows], bias[rows]]  # (R, in, out), (R, 1, out)
-        self.parameters.append(torch.zeros(len(rows), hidden_dim, 1))
+            self.parameters += [weight[stream], bias[stream]]  # (R, in, out), (R, 1, out)
+        self.parameters.append(torch.zeros(len(stream), hidden_dim, 1))
         self.parameters = [p.requires_grad_() for p in self.parameters]
 
     def velocity(self, noisy_action, i):
         """v_theta(a_t, t) in units of pi/2 at t = t_{i+1}: noisy_action (R, N), row i of the schedule (R, N) or ()."""
         alpha, sigma = self.schedule[i, 1], self.schedule[i, 2]
         slope = alpha * sigma * (1 - self.std**2) / (alpha**2 * self.std**2 + sigma**2)
-        start = slope * (noisy_action - alpha * self.mean) - sigma * self.mean  # (8) with w = 1 for a Gaussian
+        gaussian = slope * (noisy_action - alpha * self.mean) - sigma * self.mean  # (8) with w = 1 for a Gaussian
         w1, b1, w2, b2, w3 = self.parameters
         features = self.time_features[i].expand(*noisy_action.shape, 8)
         h = torch.baddbmm(b1, torch.cat([2 * noisy_action[..., None], features], -1), w1).relu()  # (R, N, H)
         h = torch.baddbmm(b2, h, w2).relu()
-        return start + torch.bmm(h, w3)[..., 0]
+        return gaussian + torch.bmm(h, w3)[..., 0]
 
     def loss(self, action, weights, i, noise, error_clip):
         """Weighted velocity matching (7), one per policy: action, weights, time index and noise (R, N) -> (R,)."""
@@ -229,14 +229,14 @@ class Policies:
 
     @torch.no_grad()
     def sample(self, noise, bound):
-        """Solves the flow from t = 1 to 0: noise (R, T, N), row 0 is a_1, row i > 0 z of step i -> actions (R, N)."""
+        """Solves the flow from t = 1 to 0: noise (R, T, N), row i > 0 is z of step i, row 0 a_1 -> actions (R, N)."""
         noisy_action, action = noise[:, 0], 0.0
         for i in reversed(range(len(self.schedule))):
             _, alpha, sigma, from_t, from_0, extrapolate, std = self.schedule[i].tolist()
             before = action
             action = (alpha * noisy_action - sigma * self.velocity(noisy_action, i)).clamp(-bound, bound)  # a_0^
             extrapolated = action + extrapolate * (action - before)
-            noisy_action = from_t * noisy_action + from_0 * extrapolated + std * noise[:, i]
+            noisy_action = from_t * noisy_action + from_0 * extrapolated + std * noise[:, i]  # std is 0 in step 0
         return noisy_action
 
 
@@ -250,10 +250,10 @@ def train(trials, args, name=""):
     """
     R, K, N, T = len(trials), args.num_particles, args.groups * args.num_particles, args.diffusion_steps
     seeds = sorted({trial.seed for trial in trials})
-    rows = torch.tensor([seeds.index(trial.seed) for trial in trials])  # (R,)
+    stream = torch.tensor([seeds.index(trial.seed) for trial in trials])  # (R,)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def draw(function, *shape):
+    def per_seed(function, *shape):
         return torch.stack([function(*shape, generator=g) for g in generators])  # (seeds, *shape)
 
     names = "distance height width start start_std epsilon".split()
@@ -261,33 +261,33 @@ def train(trials, args, name=""):
     distance, height, width, start, start_std, epsilon = columns[..., None]  # each (R, 1)
     power = torch.tensor([POWER[trial.method] for trial in trials])
     schedule = noise_schedule(args.solver, T)
-    policies = Policies(start * distance / 2, start_std, generators, rows, args.hidden_dim, schedule)
+    policies = Policies(start * distance / 2, start_std, generators, stream, args.hidden_dim, schedule)
     optimizer = torch.optim.Adam(policies.parameters, lr=args.lr, fused=True)
     log_temperature = torch.full((R, 1, 1), math.log(args.temperature), dtype=torch.float64)
     regret, draws = [], []
     for k in tqdm(range(args.rounds + 1), desc=name, unit="round", dynamic_ncols=True):
         # The policy of the last round is the old policy pi_k of this one; its draws measure its simple regret.
-        action = policies.sample(draw(torch.randn, T, N)[rows], args.action_bound)  # (R, N)
+        action = policies.sample(per_seed(torch.randn, T, N)[stream], args.action_bound)  # (R, N)
         regret.append(1 - reward(action, distance, height, width).double().mean(-1))  # r(a*) - E_{a ~ pi_k}[r(a)]
         draws.append(action)
         if k == args.rounds:
             break
 
         # Weights (9) of groups of K actions, each with its own nu; then the temperature (30).
-        action = action + args.particle_noise * draw(torch.randn, N)[rows]
+        action = action + args.particle_noise * per_seed(torch.randn, N)[stream]
         q = reward(action, distance, height, width).view(R, args.groups, K)
         weights = torch.empty_like(q)
         for p in power.unique().tolist():
-            i = (power == p).nonzero()[:, 0]
-            weights[i], _ = reweight(q[i], log_temperature[i].exp(), p, epsilon[i, None].double())
+            its = (power == p).nonzero()[:, 0]  # trials with this power
+            weights[its], _ = reweight(q[its], log_temperature[its].exp(), p, epsilon[its, None].double())
         log_temperature = dual_step(log_temperature, weights, args.target_kl, args.temperature_lr)
         log_temperature = log_temperature.clamp(min=math.log(args.min_temperature))
 
         # Policy: weighted velocity matching (7) on the times that are sampled.
-        t, noise = draw(torch.randint, T, (args.updates, N)), draw(torch.randn, args.updates, N)  # (seeds, updates, N)
+        i, noise = per_seed(torch.randint, T, (args.updates, N)), per_seed(torch.randn, args.updates, N)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - 0.9 * k / args.rounds)
         for u in range(args.updates):
-            loss = policies.loss(action, weights.view(R, N), t[rows, u], noise[rows, u], args.error_clip)
+            loss = policies.loss(action, weights.view(R, N), i[stream, u], noise[stream, u], args.error_clip)
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
@@ -304,10 +304,10 @@ def fit(weigh, args, batch=1024):
     snapshots, saved_at = [], set(np.geomspace(1, args.fit_updates, 40).astype(int))
     for u in tqdm(range(1, args.fit_updates + 1), desc="figure 1", unit="update", dynamic_ncols=True):
         action, noise = torch.randn(2, batch, generator=generator)  # (B,), common to all policies
-        t = torch.randint(args.diffusion_steps, (batch,), generator=generator)
+        i = torch.randint(args.diffusion_steps, (batch,), generator=generator)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - u / (args.fit_updates + 1))
         weights = torch.stack([w(action) for w in weigh])
-        loss = policies.loss(action.expand(R, -1), weights, t, noise, args.error_clip)
+        loss = policies.loss(action.expand(R, -1), weights, i, noise, args.error_clip)
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
@@ -502,7 +502,7 @@ def figure_2(args):
     plot_reward(axes[0, 0], ESCAPE, "reward and start")
     histograms, bins = [], np.linspace(-args.action_bound, args.action_bound, 61)
     middles = (bins[1:] + bins[:-1]) / 2
-    start, middle = dict(color="grey", fill=True, alpha=0.4), dict(color="black", linestyle=":")
+    first, middle = dict(color="grey", fill=True, alpha=0.4), dict(color="black", linestyle=":")
     for m, method in enumerate(METHODS):
         top, bottom = axes[:, m + 1]
         plot_regret(top, method, regret[m])
@@ -510,7 +510,7 @@ def figure_2(args):
         top.axhline(1 - ESCAPE.height, color="black", linewidth=0.8, linestyle=":")
         top.set_title(f"{method}: {summary[m]['reached']}/{args.seeds} below line")
         end = dict(color=COLOURS[method], linewidth=1.5)
-        stages = ("start", 0, start), ("middle", args.rounds // 2, middle), ("end", args.rounds, end)
+        stages = ("start", 0, first), ("middle", args.rounds // 2, middle), ("end", args.rounds, end)
         for stage, k, style in stages:
             share = np.histogram(draws[m, :, k], bins)[0] / draws[m, :, k].size
             bottom.stairs(share, bins, label=stage, **style)

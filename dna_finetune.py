@@ -233,10 +233,10 @@ def reweight(q, temperature, power, epsilon):
 
     sorted_gap = gap.sort(-1).values
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
-    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)
+    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)  # K is lambda in (24), (25), lambda^2 in (28), (29)
     if power == 1:
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25), with the floor
-        y_max = (K + (K - k) * epsilon + s1) / k  # (24), with k of the K actions above the floor
+        y_max = (K + (K - k) * epsilon + s1) / k  # (24), if k actions are above the floor, for each k
     elif power == 2 and epsilon == 0:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)
@@ -247,10 +247,10 @@ def reweight(q, temperature, power, epsilon):
             too_high = g(w_max ** (1 / power) - gap).mean(-1, keepdim=True) > 1
             low, high = torch.where(too_high, low, w_max), torch.where(too_high, w_max, high)
         y_max = low ** (1 / power)
-        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # one bit of w_max apart: far for a small p
+        below, above = g(y_max - gap), g(high ** (1 / power) - gap)  # for a small p the last bit of w_max matters
         share = (1 - below.mean(-1, keepdim=True)) / (above - below).mean(-1, keepdim=True).clamp(min=1e-300)
         return below.lerp(above, share.clamp(0, 1)).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
-    y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)  # at the largest active k: these come first
+    y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)  # active up to the right k, then no more
     return g(y_max - gap).to(q.dtype), (q_max - temperature * y_max).to(q.dtype)
 
 

@@ -151,7 +151,7 @@ class DiffusionPolicy(nn.Module):
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # before step i comes i + 1; 0 if one h is infinite
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h_i / (2 h_{i+1}); 0 in steps T-1, T-2 (first) and 0
         coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6)
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
@@ -173,12 +173,12 @@ class DiffusionPolicy(nn.Module):
             return last(mish(third(mish(second(h))))).float()
 
     @torch.compile(dynamic=False)
-    def loss(self, obs, action, weights, t, noise, error_clip):
-        """Velocity matching (7), times (2/pi)^2: obs (B, S), action and noise (B, K, A), weights and index t (B, K)."""
+    def loss(self, obs, action, weights, i, noise, error_clip):
+        """Velocity matching (7), times (2/pi)^2 / A: obs (B, S), action, noise (B, K, A), weights, row i (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        one_hot = F.one_hot(t, len(time_embedding)).float()  # the gradient of time_embedding[t] is not deterministic
+        one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
-        alpha, sigma = self.step_coefficients[t, :2].split(1, dim=-1)  # (B, K, 1)
+        alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - target).square()
         return (weights[..., None] * error.clamp(max=error_clip)).mean()
@@ -187,16 +187,16 @@ class DiffusionPolicy(nn.Module):
     def denoise(self, obs, noise):
         """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        action, action_0_before = noise[0], 0.0  # noise[0] is free for it: step 0 adds none
+        noisy_action, action_0_before = noise[0], 0.0  # a_1; step 0 adds no noise, so that row 0 is free
         for i in reversed(range(len(time_embedding))):
             alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
-            velocity = self.velocity(action, obs_embedding + time_embedding[i])
-            action_0 = (alpha * action - sigma * velocity).clamp(-1, 1)
-            action = from_t * action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
+            velocity = self.velocity(noisy_action, obs_embedding + time_embedding[i])
+            action_0 = (alpha * noisy_action - sigma * velocity).clamp(-1, 1)
+            noisy_action = from_t * noisy_action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
             action_0_before = action_0
             if self.solver == "ddpm" and i > 0:
-                action = action + std * noise[i]
-        return action
+                noisy_action = noisy_action + std * noise[i]
+        return noisy_action
 
     @torch.no_grad()
     def sample(self, obs, num_actions, generator):
@@ -436,7 +436,7 @@ if __name__ == "__main__":
             if not torch.as_tensor(value).isfinite().all():
                 raise SystemExit(f"stopped at step {global_step}: {name} is not finite; --resume {run_dir} goes back")
 
-    def times(every):
+    def due(every):
         """How many multiples of `every` the last step reached; `every` 0 is never."""
         return every and global_step // every - max(0, global_step - args.num_envs) // every
 
@@ -460,7 +460,7 @@ if __name__ == "__main__":
 
         # Evaluate, when due and at the end.
         evaluated = [row["step"] for row in evaluations]
-        if args.eval_every and (times(args.eval_every) or last) and global_step not in evaluated:
+        if args.eval_every and (due(args.eval_every) or last) and global_step not in evaluated:
             returns = evaluate(policy, critic, args, stop_signals)
             if not stop_signals:
                 mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
@@ -471,7 +471,7 @@ if __name__ == "__main__":
                 write_evaluations(run_dir, evaluations)
 
         # Checkpoint: at the start, when due, at the end, when asked to stop.
-        if global_step == 0 or times(args.checkpoint_every) or last or stop_signals:
+        if global_step == 0 or due(args.checkpoint_every) or last or stop_signals:
             checkpoint()
             if last or stop_signals:
                 break
@@ -490,7 +490,7 @@ if __name__ == "__main__":
             writer.add_scalar("train/return", infos["episode"]["r"][done].mean(), global_step)
             obs = reset(done)
 
-        for _ in range(times(args.steps_per_update) if global_step > args.learning_starts else 0):
+        for _ in range(due(args.steps_per_update) if global_step > args.learning_starts else 0):
             batch_obs, batch_next_obs, batch_action, batch_reward, batch_terminated = buffer.sample(B, generator)
 
             # Critics: Bellman target with one action of the policy and the smaller target Q; time limits bootstrap.
@@ -521,11 +521,11 @@ if __name__ == "__main__":
             weights, _ = compiled_reweight(particle_q, temperature)
 
             # Policy: weighted velocity matching (7) on all K actions, one of the solver's T times and one noise each.
-            t = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
+            i = torch.randint(args.diffusion_steps, (B, K), generator=generator, device=device)
             noise = torch.randn(particles.shape, generator=generator, device=device)
-            policy_loss = policy.loss(batch_obs, particles, weights, t, noise, args.error_clip)
+            policy_loss = policy.loss(batch_obs, particles, weights, i, noise, args.error_clip)
 
-            # Temperature: Adam on log lambda (lambda > 0) with the gradient of (30) in lambda; its value is not (30).
+            # Temperature (30): Adam on log lambda, so that lambda > 0, with the gradient in lambda, delta - KL.
             temperature_loss = log_temperature * (args.target_kl - kl(weights))
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
             optimizer.zero_grad()
@@ -543,7 +543,7 @@ if __name__ == "__main__":
                 old_policy.load_state_dict(policy.state_dict())
 
         progress.update(args.num_envs)
-        if critic_loss is not None and times(args.log_every):
+        if critic_loss is not None and due(args.log_every):
             scalars = {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,

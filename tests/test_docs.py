@@ -38,8 +38,8 @@ def test_excerpts_are_the_scripts_lines(file, name, excerpt):
 
 def test_an_excerpt_that_is_not_there_is_seen():
     lines = source("simpo_neg.py", "DiffusionPolicy.loss")
-    assert stands_in("alpha, sigma = self.step_coefficients[t, :2].split(1, dim=-1)  # (B, K, 1)\n", lines)
-    assert not stands_in("alpha, sigma = self.step_coefficients[t, :2].split(1, dim=-1)  # (B, K, 2)\n", lines)
+    assert stands_in("alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, K, 1)\n", lines)
+    assert not stands_in("alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, K, 2)\n", lines)
     assert not stands_in(f"{lines[1]}\n{lines[3]}\n", lines)
 
 
