@@ -1,4 +1,4 @@
-"""benchmark/small_frame.py on a sweep worked out by hand; benchmark/train_speed.py on known clocks."""
+"""small_frame.py on a sweep worked out by hand; train_speed.py on known clocks; inside.py on known scalars."""
 
 import csv
 import subprocess
@@ -6,6 +6,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.append(str(ROOT / "benchmark"))
+from inside import PANELS
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -129,3 +133,31 @@ def test_train_speed_says_why_a_script_failed(flag, why):
     command = [sys.executable, "benchmark/train_speed.py", f"simpo_neg.py {flag}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and why in result.stderr.splitlines()[-1]
+
+
+def test_inside_takes_means_over_hundredths_of_a_run(tmp_path):
+    """300 points of each scalar, whose value is the step: a hundred means of three, the middle one."""
+    run_dir = tmp_path / "Pendulum-v1__simpo_power__3__20260101-000000-1"
+    run_dir.mkdir()
+    (run_dir / "args.json").write_text('{"seed": 3, "power": 2.0}')
+    with SummaryWriter(run_dir) as writer:
+        for name in PANELS:
+            for step in range(10, 3010, 10):
+                writer.add_scalar(name, step, step)
+    command = [sys.executable, ROOT / "benchmark/inside.py", run_dir, "--csv", tmp_path / "inside.csv"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with open(tmp_path / "inside.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in PANELS:
+        own = [
+            (row["method"], row["seed"], int(row["step"]), float(row["mean"])) for row in rows if row["scalar"] == name
+        ]
+        assert own == [("simpo_power power=2", "3", 30 * i, 30 * i - 10) for i in range(1, 101)]
+    assert (tmp_path / "inside.png").stat().st_size > 10_000
+
+
+def test_inside_refuses_what_is_no_run(tmp_path):
+    command = [sys.executable, ROOT / "benchmark/inside.py", tmp_path, "--csv", tmp_path / "inside.csv"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and f"{tmp_path} is no run of simpo_*.py" in result.stderr
+    assert not (tmp_path / "inside.csv").exists()
