@@ -157,10 +157,10 @@ class DiffusionPolicy(nn.Module):
         alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
         # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d made from the predicted a_0.
         alpha_u, sigma_u, alpha, sigma, t = alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], t[1:]  # (T,)
-        if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u, no noise at the end
+        if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u
             variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
             from_t, from_0 = alpha / alpha_u * sigma_u**2 / sigma**2, alpha_u * variance / sigma**2
-            std, extrapolate = variance.sqrt() * (sigma_u > 0), torch.zeros(steps)
+            std, extrapolate = variance.sqrt(), torch.zeros(steps)
         else:  # Lu et al. 2022, arXiv 2211.01095: d = a_0 + extrapolate (a_0 - a_0 of the step before)
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
@@ -208,7 +208,7 @@ class DiffusionPolicy(nn.Module):
             action_0 = (alpha * noisy_action - sigma * velocity).clamp(-1, 1)
             noisy_action = from_t * noisy_action + from_0 * (action_0 + extrapolate * (action_0 - action_0_before))
             action_0_before = action_0
-            if self.solver == "ddpm" and i > 0:
+            if self.solver == "ddpm" and i > 0:  # no noise in the last step
                 noisy_action = noisy_action + std * noise[i]
         return noisy_action
 
