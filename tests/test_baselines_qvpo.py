@@ -9,9 +9,9 @@ from baselines import qvpo
 
 
 def test_weights_of_three_actions():
-    q = torch.tensor([[3.0, 0.0, 0.0], [-5.0, -1.0, -3.0], [2.0, 2.0, 2.0]])
-    assert qvpo.weigh(q, "adv").tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 0]]
-    assert qvpo.weigh(q, "cut").tolist() == [[3, 0, 0], [0, 0, 0], [2, 2, 2]]  # nothing is left of negative Q
+    q = torch.tensor([[3.0, 0.0, 0.0], [-5.0, -1.0, -3.0], [2.0, 2.0, 2.0], [0.5, 0.9, 1.6]])
+    assert qvpo.weigh(q, "adv").tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 0], [0, 0, pytest.approx(0.6)]]
+    assert qvpo.weigh(q, "cut").tolist() == [[3, 0, 0], [0, 0, 0], [2, 2, 2], [0, 0, pytest.approx(1.6)]]  # above 1
 
 
 def test_with_all_draws_kept_it_is_simpo_power_at_nu_equal_to_v():
