@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_dna_model import Table, exact_elbo, index, law, random_law, total_variation
+from test_dna_model import ALL, Table, exact_elbo, index, law, random_law, total_variation
 
 import dna_finetune as dna
 import simpo_neg
@@ -54,6 +54,36 @@ def test_on_policy_rounds_repeat_the_reweighting_and_a_kl_term_holds_back():
     start = (p * reward).sum().item()
     assert mean["again"] > mean["once"] + 0.3 > start + 0.6
     assert start - 0.1 < mean["held"] < start + 0.5 * (mean["once"] - start)
+
+
+def test_the_kl_term_is_that_of_the_tuned_model_from_the_pretrained_one(monkeypatch):
+    """With weights of 1 in the first update and of 0 in the second, the second loss is that term alone."""
+    p, reward, first = random_law(8), torch.zeros(64), Table(random_law(8)).requires_grad_(False)
+    settings = dict(updates=1, lr=1.0, kl_weight=2.0, elbo_draws=8)
+    updates = itertools.count()
+    monkeypatch.setattr(dna, "weigh", lambda method, q, *_: torch.full_like(q, float(next(updates) == 0)))
+    once, _ = tune("linear", p, reward, rounds=1, **settings)
+    updates = itertools.count()
+    _, loss = tune("linear", p, reward, rounds=2, **settings)
+    x = ALL[torch.multinomial(p, 20_000, replacement=True, generator=torch.Generator().manual_seed(2))]
+    noisy, masked, factor = (y[:, 0] for y in dna.corrupt(x, 1, torch.Generator().manual_seed(3)))
+    forward, backward = (
+        2
+        * (factor * masked * torch.distributions.kl_divergence(*map(torch.distributions.Categorical, pair)))
+        .sum(-1)
+        .mean()
+        / 3
+        for pair in itertools.permutations([once(noisy).exp(), first(noisy).exp()])
+    )
+    assert loss == pytest.approx(forward.item(), rel=0.05) and abs(backward - forward) > 0.15 * forward
+
+
+def test_the_gradient_is_cut_at_its_norm():
+    """So small a gradient is below Adam's eps of 1e-8, which otherwise makes every step lr."""
+    p, start = random_law(8), Table(random_law(8)).logits.detach()
+    for grad_norm, low, high in ((1e-11, 0, 1e-3), (1.0, 0.99, 1.01)):
+        tuned, _ = tune("linear", p, torch.zeros(64), rounds=1, updates=1, lr=1.0, grad_norm=grad_norm)
+        assert low <= (tuned.logits - start).abs().max() <= high
 
 
 def test_negative_weights_push_below_what_positive_ones_reach():

@@ -167,3 +167,24 @@ def test_pretraining_learns_a_distribution():
     denoiser.load_state_dict(dna.pretrain(x.byte(), args)["state"])
     assert total_variation(law(denoiser, 1), law(Table(p), 1)) < 0.1
     assert total_variation(exact_elbo(denoiser).exp(), p) < 0.2 < total_variation(law(Table(p), 1), p)
+
+
+def test_the_average_of_pretraining_forgets_its_start():
+    """Adam's first step is lr for each parameter; the average takes 9 tenths of it, however slow it is later."""
+    args = dna.Args(width=8, pretrain_steps=1, pretrain_batch=64, pretrain_lr=1e-2, ema=0.9999)
+    torch.manual_seed(args.seed)
+    start = dna.Denoiser(8, 1)
+    moved = torch.cat(
+        [(dna.pretrain(ALL.byte(), args)["state"][k] - x).flatten() for k, x in start.state_dict().items()]
+    )
+    assert moved.abs().max().item() == pytest.approx(0.009, rel=1e-3)
+
+
+def test_an_oracle_does_not_depend_on_the_unit_of_the_activity():
+    x, y = (
+        torch.arange(200).view(-1, 1) // 4 ** torch.arange(20) % 4,
+        torch.randn(200, generator=torch.Generator().manual_seed(1)),
+    )
+    args = dna.Args(oracle_width=8, oracle_epochs=2)
+    one, other = (dna.train_oracle(x.byte(), scale * y, False, args)["curve"] for scale in (1, 100))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=1e-3)
