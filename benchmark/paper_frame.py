@@ -30,11 +30,15 @@ if __name__ == "__main__":
     step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
     axes.plot(step, mean, color="black", label="Lin. Neg., the paper's sizes: 256 units, batches of 256, K = 32")
     axes.fill_between(step, mean - std, mean + std, color="black", alpha=0.2, linewidth=0)
-    for (method, _, seed), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
-        color, style = f"C{list(small_frame.PAPER).index(method)}", ["-", "--", "-.", ":"][seed % 4 - 1]
-        label = f"{small_frame.PAPER[method]}, 64 units, batches of 64, K = 8, seed {seed}"
-        axes.plot(*zip(*sorted(curve.items()), strict=True), color=color, linestyle=style, label=label)
+    labelled = set()
+    for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
+        name = (
+            None if method in labelled else f"{small_frame.NAMES[method]}, 64 units, batches of 64 (K = 8), each seed"
+        )
+        labelled.add(method)
+        style = dict(color=f"C{list(small_frame.NAMES).index(method)}", linewidth=1, label=name)
+        axes.plot(*zip(*sorted(curve.items()), strict=True), **style)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper: its best variant after 1M steps")
     axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return", title="HalfCheetah-v4")
-    axes.legend(fontsize="x-small", frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    axes.legend(fontsize="x-small", frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95))
     axes.figure.savefig(HERE / "paper_frame.png", dpi=100)
