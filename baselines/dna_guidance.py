@@ -144,8 +144,8 @@ def draw(denoiser, oracle, count, length, steps, generator, gamma=None, alpha=No
             f = hot[..., :4] + hot[..., 4:] * log_p.exp()  # its gradient goes through p_theta, too
             slope = torch.zeros_like(hot)
             if gamma is not None and left:
-                (g,) = torch.autograd.grad(oracle(f).sum(), hot)
-                slope = gamma * (g - g[..., MASK:])
+                (gradient,) = torch.autograd.grad(oracle(f).sum(), hot)
+                slope = gamma * gradient  # what all five states share, as r(x) itself, is lost in the softmax
         if alpha is not None:
             reward = oracle(f.argmax(-1))  # r(x0^(x_t)), (B,)
             if left < steps:

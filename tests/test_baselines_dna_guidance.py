@@ -191,13 +191,19 @@ def test_cfg_with_w_0_is_the_conditional_model_and_with_w_extrapolates():
     assert stats.chisquare(counts(x), n * expected.numpy(), sum_check=False).pvalue > 1e-4
 
 
-def test_conditional_model_learns_its_classes():
+def test_conditional_model_learns_its_classes(monkeypatch):
+    """And a tenth of the sequences is shown without a class, so that there is a model of all."""
+    labels, forward = [], guidance.ConditionalDenoiser.forward
+    monkeypatch.setattr(
+        guidance.ConditionalDenoiser, "forward", lambda self, x, label: labels.append(label) or forward(self, x, label)
+    )
     """Sequences that begin with A are active: class 1 must begin with A, class 0 must not, no class as in the data."""
     torch.manual_seed(3)
     x = torch.randint(4, (2000, 3))
     y = (x[:, 0] == 0).float()
     args = guidance.Args(class_share=y.mean().item(), train_steps=150, train_lr=1e-2)
     model = guidance.train_conditional(guidance.Denoiser(16, 1).requires_grad_(False), x.byte(), y, args)
+    assert (torch.cat(labels) == 2).float().mean().item() == pytest.approx(0.1, abs=0.01)
     p = model(torch.full((3, 3), guidance.MASK), torch.tensor([0, 1, 2])).exp()[:, 0, 0]
     assert p[0] < 0.03 and p[1] > 0.9 and abs(p[2] - y.mean()) < 0.12
 
