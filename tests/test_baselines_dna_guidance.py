@@ -192,12 +192,14 @@ def test_cfg_with_w_0_is_the_conditional_model_and_with_w_extrapolates():
 
 
 def test_conditional_model_learns_its_classes(monkeypatch):
-    """And a tenth of the sequences is shown without a class, so that there is a model of all."""
+    """Sequences that begin with A are active: class 1 must begin with A, class 0 must not, no class as in the data.
+
+    A tenth of the sequences is shown without a class.
+    """
     labels, forward = [], guidance.ConditionalDenoiser.forward
     monkeypatch.setattr(
         guidance.ConditionalDenoiser, "forward", lambda self, x, label: labels.append(label) or forward(self, x, label)
     )
-    """Sequences that begin with A are active: class 1 must begin with A, class 0 must not, no class as in the data."""
     torch.manual_seed(3)
     x = torch.randint(4, (2000, 3))
     y = (x[:, 0] == 0).float()
