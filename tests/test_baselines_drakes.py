@@ -159,6 +159,15 @@ def test_batches_of_an_update_are_averaged():
     assert 0.3 < norm[40] / norm[1] < 1.5
 
 
+def test_the_gradient_is_cut_at_its_norm():
+    """So small a gradient is below Adam's eps of 1e-8, which otherwise makes every step lr."""
+    p = random_law(8)
+    for grad_norm, low, high in ((1e-11, 0, 1e-3), (1.0, 0.99, 1.01)):
+        args = drakes.Args(updates=1, batch=8, lr=1.0, grad_norm=grad_norm)
+        tuned, _ = drakes.finetune(table(p), Reward(random_reward(9)), 3, 4, 1, args)
+        assert low <= (tuned.logits - table(p).logits).abs().max() <= high
+
+
 @pytest.mark.parametrize("method", ["drakes", "drakes-kl"])
 def test_run_writes_a_row_and_a_model_per_seed_and_repeats_itself(run_script, tmp_path, method):
     models = model_files(tmp_path / "here")
