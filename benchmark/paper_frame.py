@@ -32,9 +32,7 @@ if __name__ == "__main__":
     axes.fill_between(step, mean - std, mean + std, color="black", alpha=0.2, linewidth=0)
     labelled = set()
     for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
-        name = (
-            None if method in labelled else f"{small_frame.NAMES[method]}, 64 units, batches of 64 (K = 8), each seed"
-        )
+        name = None if method in labelled else f"{small_frame.NAMES[method]}, 64 units, batches of 64, each seed"
         labelled.add(method)
         style = dict(color=f"C{list(small_frame.NAMES).index(method)}", linewidth=1, label=name)
         axes.plot(*zip(*sorted(curve.items()), strict=True), **style)
