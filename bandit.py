@@ -283,7 +283,7 @@ def train(trials, args, name=""):
         log_temperature = dual_step(log_temperature, weights, args.target_kl, args.temperature_lr)
         log_temperature = log_temperature.clamp(min=math.log(args.min_temperature))
 
-        # Policy: weighted velocity matching (7) on the times that are sampled.
+        # Policy: weighted velocity matching (7) on the times that are sampled; i and noise are (seeds, updates, N).
         i, noise = per_seed(torch.randint, T, (args.updates, N)), per_seed(torch.randn, args.updates, N)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - 0.9 * k / args.rounds)
         for u in range(args.updates):

@@ -164,7 +164,7 @@ class DiffusionPolicy(nn.Module):
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
             extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h_i / (2 h_{i+1}); 0 in steps T-1, T-2 (first) and 0
-        coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6)
+        coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6), row i for t_{i+1}
         frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
         time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
         self.register_buffer("step_coefficients", coefficients.float(), persistent=False)

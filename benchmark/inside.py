@@ -36,12 +36,14 @@ def rows_of(run_dir):
     try:
         flags = json.loads((run_dir / "args.json").read_text())
         method = run_dir.resolve().name.split("__")[-3] + (f" power={p:g}" if (p := flags.get("power", 1)) != 1 else "")
+        if method not in PAPER:
+            raise ValueError(f"{method} is none of {', '.join(PAPER)}")
         events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
         for name in PANELS:
             points = np.array([(point.step, point.value) for point in events.Scalars(name)])
             for part in np.array_split(points, min(100, len(points))):
                 yield method, flags["seed"], name, int(part[-1, 0]), f"{part[:, 1].mean():.4g}"
-    except (OSError, KeyError) as error:
+    except (OSError, LookupError, ValueError) as error:
         raise SystemExit(f"{run_dir} is no run of simpo_*.py: {error}") from None
 
 
@@ -51,6 +53,8 @@ if __name__ == "__main__":
         rows = [row for run_dir in args.runs for row in rows_of(run_dir)]
         with args.csv.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("method", "seed", "scalar", "step", "mean"), *rows])
+    if not args.csv.is_file():
+        raise SystemExit(f"--csv {args.csv}: there is no such file; give runs to make it from")
     with args.csv.open() as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -156,8 +156,15 @@ def test_inside_takes_means_over_hundredths_of_a_run(tmp_path):
     assert (tmp_path / "inside.png").stat().st_size > 10_000
 
 
-def test_inside_refuses_what_is_no_run(tmp_path):
-    command = [sys.executable, ROOT / "benchmark/inside.py", tmp_path, "--csv", tmp_path / "inside.csv"]
+@pytest.mark.parametrize(
+    "name, text", [("a__simpo_neg__1__now", None), ("a__simpo_power__1__now", '{"power": 3}'), ("a", "{}"), ("a", "{")]
+)
+def test_inside_refuses_what_is_no_run_and_keeps_what_was_there(tmp_path, name, text):
+    (tmp_path / name).mkdir()
+    (tmp_path / "inside.csv").write_text("kept")
+    if text:
+        (tmp_path / name / "args.json").write_text(text)
+    command = [sys.executable, ROOT / "benchmark/inside.py", tmp_path / name, "--csv", tmp_path / "inside.csv"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and f"{tmp_path} is no run of simpo_*.py" in result.stderr
-    assert not (tmp_path / "inside.csv").exists()
+    assert result.returncode == 1 and f"{tmp_path / name} is no run of simpo_*.py" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and (tmp_path / "inside.csv").read_text() == "kept"
