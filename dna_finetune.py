@@ -54,8 +54,8 @@ Decay = Annotated[float, "at least 0 and below 1", lambda x: 0 <= x < 1]
 File = Annotated[str, "a file that is there", lambda path: not path or Path(path).is_file()]
 Method = Literal["wd1", "exp", "linear", "square", "lin-neg", "sqr-neg"]  # in the paper's order
 Methods = Annotated[tuple[Method, ...], "some methods, each once", lambda names: 0 < len(set(names)) == len(names)]
-GPU = torch.cuda.is_available()
-BF16 = torch.cuda.is_bf16_supported(False) if GPU else torch.cpu.get_capabilities().get("avx512_bf16", False)
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # Intel gains by bfloat16 only with AMX
+BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 LETTERS, MASK = "ACGT", 4
 
 

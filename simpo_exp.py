@@ -39,8 +39,8 @@ Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-GPU = torch.cuda.is_available()
-BF16 = torch.cuda.is_bf16_supported(False) if GPU else torch.cpu.get_capabilities().get("avx512_bf16", False)
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # Intel gains by bfloat16 only with AMX
+BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
 

@@ -1,10 +1,11 @@
-"""Compiled functions compute what eager ones do, and bfloat16 changes draws and losses by no more than its rounding."""
+"""Compiled is what eager is; bfloat16 changes draws and losses by no more than its rounding, and where it is chosen."""
 
 import copy
+import runpy
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 import simpo_neg
 
@@ -61,3 +62,21 @@ def test_policy_dtype_reaches_the_policy(run_script):
     files = [run_script("simpo_neg", *flags, "--policy-dtype", name) / "checkpoint.pt" for name in DTYPES]
     single, half = (torch.load(file, weights_only=True)["policy"] for file in files)
     assert any(not torch.equal(single[name], half[name]) for name in single)
+
+
+@pytest.mark.parametrize("script", ["simpo_neg.py", "dna_finetune.py"])
+@pytest.mark.parametrize(
+    "cpu, dtype",
+    [
+        (dict(cpu_name="AMD EPYC 9R14", avx512_bf16=True, amx_bf16=False), "bfloat16"),
+        (dict(cpu_name="AMD EPYC 7763", avx512_bf16=False, amx_bf16=False), "float32"),
+        (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=False), "float32"),  # there bfloat16 is slower
+        (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), "bfloat16"),
+        (dict(cpu_name="Apple M4", bf16=True), "float32"),
+    ],
+)
+def test_the_default_is_bfloat16_where_it_is_faster(monkeypatch, script, cpu, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = runpy.run_path(str(ROOT / script))["Args"]
+    assert dtype == (args.policy_dtype if script == "simpo_neg.py" else args.sampling_dtype)
