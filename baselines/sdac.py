@@ -104,12 +104,11 @@ class Args:
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
     def check(self):
-        """Fills in diffusion_steps; SystemExit with one line for the first argument that makes no sense."""
-        self.diffusion_steps = self.diffusion_steps or {"dpm": 8, "ddpm": 20}[self.solver]
+        """SystemExit with one line for the first argument that makes no sense."""
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
         if self.solver == "dpm":
-            rules["diffusion_steps"] = "at least 3 for --solver dpm", lambda steps: steps >= 3
+            rules["diffusion_steps"] = "at least 3 for --solver dpm", lambda steps: steps == 0 or steps >= 3
         if self.reward_landscape != "native":
             rules["env_id"] = f"{' or '.join(LANDSCAPE_SPEED)} for --reward-landscape", LANDSCAPE_SPEED.__contains__
         for name, (rule, holds) in rules.items():
@@ -149,6 +148,7 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_dim, solver, steps, dtype=torch.float32):
         super().__init__()
         self.action_dim, self.solver, self.dtype = action_dim, solver, dtype
+        self.steps = steps = steps or {"dpm": 8, "ddpm": 20}[solver]
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** (2 if solver == "dpm" else 1)  # dpm: denser near 0
         alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
         # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d made from the predicted a_0.
@@ -253,12 +253,13 @@ def make_env(args, training=False, video_folder=None):
             if hasattr(env.unwrapped, "mujoco_renderer"):  # of Gymnasium
                 env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, ValueError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
     continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
-    if not continuous or action_space.low.ndim != 1 or not np.isfinite([action_space.low, action_space.high]).all():
+    if not continuous or action_space.low.ndim != 1 or not action_space.is_bounded() or action_space.dtype.kind != "f":
         raise SystemExit(f"--env-id {args.env_id} must be continuous, 1-D bounded actions: {obs_space}, {action_space}")
+    env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
     if training and args.reward_landscape != "native":
         physics = env.unwrapped._env.physics
@@ -373,7 +374,7 @@ if __name__ == "__main__":
     # Environments, networks, optimisers.
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    torch.manual_seed(args.seed)  # the networks
+    torch.manual_seed(args.seed + 20_000)  # the networks: with the seed alone they would be the first random actions
     device, dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
     policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
     critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
@@ -459,8 +460,7 @@ if __name__ == "__main__":
         last = global_step >= args.total_timesteps
 
         # Evaluate, when due and at the end.
-        evaluated = [row["step"] for row in evaluations]
-        if args.eval_every and (due(args.eval_every) or last) and global_step not in evaluated:
+        if args.eval_every and (due(args.eval_every) or last) and global_step not in [e["step"] for e in evaluations]:
             returns = evaluate(policy, critic, args, stop_signals)
             if not stop_signals:
                 mean, std, seconds = np.round([returns.mean(), returns.std(), time.time() - start], 3).tolist()
@@ -483,7 +483,7 @@ if __name__ == "__main__":
         else:
             action = policy.sample(torch.as_tensor(obs, dtype=torch.float32, device=device), 1, generator)[:, 0]
         next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
-        check_finite(observation=next_obs, reward=reward)
+        check_finite(observation=np.float32([obs, next_obs]), reward=np.float32(reward))
         buffer.add(obs, next_obs, action, reward, terminated)
         obs, done = next_obs, terminated | truncated
         if done.any():
@@ -505,7 +505,7 @@ if __name__ == "__main__":
             critic_optimizer.step()
 
             # K clean actions that may lie behind each noised one, and their weights.
-            i = torch.randint(args.diffusion_steps, (B, 1), generator=generator, device=device)
+            i = torch.randint(policy.steps, (B, 1), generator=generator, device=device)
             alpha, sigma = policy.step_coefficients[i, :2].split(1, dim=-1)  # (B, 1, 1)
             noise = torch.randn(B, 1, action_dim, generator=generator, device=device)
             noisy_action = alpha * batch_action[:, None] + sigma * noise

@@ -53,11 +53,12 @@ class Args:
             least = 0 if name in ("seed", "learning_starts") else 1
             if isinstance(value, int) and value < least:
                 raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
-        if self.landscape_c <= 0:
-            raise SystemExit(f"--landscape-c must be above 0; got {self.landscape_c}")
+        if not 0 < self.landscape_c < float("inf"):
+            raise SystemExit(f"--landscape-c must be above 0 and finite; got {self.landscape_c}")
         if self.reward_landscape != "native" and self.env_id not in LANDSCAPE_SPEED:
             raise SystemExit(f"--reward-landscape is for --env-id {' or '.join(LANDSCAPE_SPEED)}; got {self.env_id}")
-        if self.num_envs % self.steps_per_update and self.steps_per_update % self.num_envs:
+        uneven = self.num_envs % self.steps_per_update and self.steps_per_update % self.num_envs
+        if self.algo in ("sac", "td3") and uneven:
             raise SystemExit("--num-envs must be a multiple of --steps-per-update, or the other way round")
 
 

@@ -99,6 +99,16 @@ class MatrixActions(PointMass):
     action_space = gym.spaces.Box(-1, 1, (2, 2))
 
 
+class IntegerActions(PointMass):
+    action_space = gym.spaces.Box(-3, 5, (1,), np.int32)
+
+
+class UnevenBounds(PointMass):
+    """Bounds that rescaling in float32 misses by a rounding."""
+
+    action_space = gym.spaces.Box(0.2, 0.7, (1,))
+
+
 for name, entry, kwargs in [
     ("PointMass-v0", PointMass, {}),
     ("TimeLimit-v0", TwoStates, {"terminal": False}),
@@ -109,5 +119,7 @@ for name, entry, kwargs in [
     ("DiscreteObservations-v0", DiscreteObservations, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),
     ("MatrixActions-v0", MatrixActions, {}),
+    ("IntegerActions-v0", IntegerActions, {}),
+    ("UnevenBounds-v0", UnevenBounds, {}),
 ]:
     gym.register(name, entry, kwargs=kwargs)

@@ -42,6 +42,16 @@ def lin_neg(q, temperature, epsilon):
     return np.maximum((q - nu) / temperature, -epsilon)
 
 
+def test_the_first_actions_are_not_the_first_weights(run_script):
+    """Both are uniform draws: one stream for both makes them equal but for their scale."""
+    flags = "--env-id small_envs:TwoEnds-v0 --num-envs 10 --total-timesteps 500 --eval-every 0"
+    state = read_checkpoint(run_script("simpo_neg", *SMALL, *flags.split()))
+    first, *_ = state["policy"].values()  # the first layer's weights
+    actions = state["rows"][:, 6:8].flatten()
+    correlation = torch.corrcoef(torch.stack([actions, first.flatten()[:1000]]))[0, 1]
+    assert abs(correlation) < 0.2
+
+
 @pytest.mark.parametrize("temperature, B", [(0.01, 32), (0, 32), (0.01, 300)])
 def test_three_updates_by_hand(run_script, temperature, B):
     """Every network after three updates is what Algorithm 1 makes of the same transitions and random numbers.
@@ -54,7 +64,7 @@ def test_three_updates_by_hand(run_script, temperature, B):
     run_dir = run_script("simpo_neg", *SMALL, *flags.split(), "--log-every", 5)
     result = read_checkpoint(run_dir)
     rows = result["rows"]
-    torch.manual_seed(1)
+    torch.manual_seed(20_001)
     policy, critic = simpo_neg.DiffusionPolicy(3, 1, 32, "dpm", 5), simpo_neg.Critic(3, 1, 32)
     old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)
     log_temperature = torch.tensor(np.log(temperature or 1), requires_grad=True)
@@ -173,7 +183,7 @@ def test_lambda_starts_at_the_target_kl(run_script, script, flags):
     for env_id in ("Pendulum-v1", "small_envs:PointMass-v0"):
         run_dir = run_script(script, "--env-id", env_id, *flags, "--learning-starts", 100, "--total-timesteps", 105)
         events = EventAccumulator(str(run_dir)).Reload()
-        assert events.Scalars("weights/kl")[0].value == pytest.approx(1.5, abs=0.1)
+        assert events.Scalars("weights/kl")[0].value == pytest.approx(1.5, abs=0.15)  # lambda in steps of 1.26
 
 
 def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):

@@ -35,12 +35,13 @@ class ByHand:
     def __init__(self, module, run_dir, solver="dpm", eps=1e-8):
         self.losses, self.logged = {}, EventAccumulator(str(run_dir)).Reload()
         self.result = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-        torch.manual_seed(1)
+        seed = self.result["args"]["seed"]
+        torch.manual_seed(20_000 + seed)
         self.policy, self.critic = module.DiffusionPolicy(3, 2, 32, solver, 5), module.Critic(3, 2, 32)
         self.policy_target, self.critic_target = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
         self.policy_adam = torch.optim.Adam(self.policy.parameters(), eps=eps)
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), 0.02, eps=eps)
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(seed)
         self.rows = self.result["rows"]
         terminated, truncated = (self.rows[:, 3 + i] > 0.4 for i in (0, 1))  # TwoEnds
         assert torch.equal(self.rows[:, -1], terminated.float()) and (truncated & ~terminated).any() and any(terminated)

@@ -77,6 +77,7 @@ def test_sac_learns_the_point_mass(run_script):
     "flags, message",
     [
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["--landscape-c", "nan"], "--landscape-c must be above 0 and finite; got nan"),
         (["--steps-per-update", "3"], "--num-envs must be a multiple of --steps-per-update, or the other way round"),
         (["--reward-landscape", "exp"], "--reward-landscape is for --env-id dm_control/cheetah-run-v0 or"),
         (["--device", "cuda:99"], "--device cuda:99: "),

@@ -36,6 +36,8 @@ BAD = [
     ("--env-id small_envs:DiscreteObservations-v0", "must be continuous"),
     ("--env-id small_envs:UnboundedActions-v0", "must be continuous"),
     ("--env-id small_envs:MatrixActions-v0", "must be continuous, 1-D bounded actions"),
+    ("--env-id small_envs:IntegerActions-v0", "must be continuous, 1-D bounded actions"),
+    ("--env-id :x", "--env-id :x: Empty module name"),
     ("--env-id Hopper-v4 --reward-landscape exp", "--env-id must be dm_control/cheetah-run-v0 or"),
     ("--device nonsense", "--device nonsense"),
     ("--evaluate runs/nothing", "runs/nothing/checkpoint.pt cannot be used"),

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 
 PAPER = dict(  # the table of appendix F, section 4, and K and delta of section 6
     **dict(critic_lr=3e-4, policy_lr=3e-4, policy_lr_end=3e-5, hidden_dim=256, buffer_size=10**6, num_envs=5),
@@ -13,7 +14,7 @@ AUTHORS = dict(  # what the paper leaves open, as in the authors' code at bae22f
     **dict(eval_draws=10),
 )
 OURS = dict(
-    **dict(solver="dpm", diffusion_steps=8, temperature=0.0, temperature_lr=3e-3, learning_starts=5000),
+    **dict(solver="dpm", temperature=0.0, temperature_lr=3e-3, learning_starts=5000),
     **dict(reward_landscape="native", landscape_c=3.0),
 )
 VARIANT = {"simpo_exp": {}, "simpo_power": dict(power=1.0), "simpo_neg": dict(power=1.0, epsilon=0.5)}
@@ -43,7 +44,11 @@ def test_defaults(script):
     assert {name: vars(args)[name] for name in expected} == expected
 
 
-def test_the_authors_sampler_takes_the_papers_20_steps():
-    args = importlib.import_module("simpo_neg").Args(solver="ddpm")
-    args.check()
-    assert args.diffusion_steps == 20
+@pytest.mark.parametrize("solver, steps", [("dpm", 8), ("ddpm", 20)])  # 20 are the paper's
+def test_network_calls_of_a_draw(solver, steps, monkeypatch):
+    args, calls = importlib.import_module("simpo_neg").Args(solver=solver), []
+    policy = importlib.import_module("simpo_neg").DiffusionPolicy(3, 2, 8, solver, args.diffusion_steps)
+    velocity = policy.velocity
+    monkeypatch.setattr(policy, "velocity", lambda *inputs: calls.append(1) or velocity(*inputs))
+    policy.sample(torch.zeros(4, 3), 5, torch.Generator())
+    assert len(calls) == policy.steps == steps

@@ -56,6 +56,13 @@ def test_actions_respect_the_bounds_of_the_environment():
     np.testing.assert_allclose(env.unwrapped.data.ctrl, 0.4)
 
 
+def test_actions_at_the_bounds_are_within_them_to_the_last_bit():
+    env = simpo_neg.make_env(simpo_neg.Args(env_id="small_envs:UnevenBounds-v0"))
+    env.reset(seed=0)
+    for action in np.linspace(-1, 1, 1001, dtype=np.float32):
+        env.step(np.array([action]))  # asserts that they are
+
+
 def test_every_episode_has_its_own_seed(run_script, monkeypatch):
     """Of the run's seed, the environment and the episode's number: all starts differ, and the same run has the same."""
     starts, reset = [], small_envs.PointMass.reset

@@ -95,12 +95,21 @@ def nan_observation(result):
     return (np.full(1, np.nan, np.float32), *result[1:])
 
 
+def huge_observation(result):
+    return (np.full(1, 1e39), *result[1:])  # finite, but not in float32
+
+
 def infinite_reward(result):
     return (result[0], float("inf"), *result[2:])
 
 
 @pytest.mark.parametrize(
-    "do, name, every, kept_step", [(nan_observation, "observation", 60, 240), (infinite_reward, "reward", 0, 0)]
+    "do, name, every, kept_step",
+    [
+        (nan_observation, "observation", 60, 240),
+        (huge_observation, "observation", 0, 0),
+        (infinite_reward, "reward", 0, 0),
+    ],
 )
 def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path, do, name, every, kept_step):
     """It stops; and events that were on the disk, but not in the checkpoint, are not shown twice after it."""
