@@ -41,7 +41,7 @@ Figure = Annotated[str, "1, 2, 3 or all", ("1", "2", "3", "all").__contains__]
 Solver = Annotated[str, "dpm or ddpm", ("dpm", "ddpm").__contains__]
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
 Several = Annotated[int, "at least 2", lambda n: n >= 2]
-Seed = Annotated[int, "at least 0", lambda n: n >= 0]
+Seed = Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 

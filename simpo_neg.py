@@ -52,7 +52,7 @@ class Args:
     landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
     total_timesteps: Count = 1_000_000  # environment steps, all environments together
     num_envs: Count = 5  # parallel environments
-    seed: Natural = 1  # seed of the networks, the environments and all draws
+    seed: Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32] = 1  # of networks, environments, all draws
 
     # SiMPO
     power: Positive = 1.0  # p: weights are y^p where y = (Q - nu)/lambda is positive; 1 is Lin. Neg., 2 is Sqr. Neg.

@@ -105,6 +105,8 @@ def sweeps(args):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if args.num_particles < 8:
+        raise SystemExit(f"--num-particles must be at least 8, as target KL goes up to 2; got {args.num_particles}")
     bandit.prepare(args)
     escape_map(args)
     sweeps(args)

@@ -74,7 +74,7 @@ def evaluate():
 
 obs, _ = envs.reset(seed=args.seed)
 envs.action_space.seed(args.seed)
-run_dir = folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
+run_dir = folder / f"runs/{args.env_id}__gempo_jax__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 run_dir.mkdir(parents=True)
 (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 start, table = time.time(), csv.writer(open(run_dir / "eval.csv", "w", buffering=1))

@@ -8,6 +8,7 @@ policy.gif shows the start of an episode, acting as in evaluation, in real time,
 """
 
 import importlib
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def film(state, args):
     critic.load_state_dict(state["critic"])
     env, pictures = gym.wrappers.RescaleAction(env, -1.0, 1.0), []
     obs, _ = env.reset(seed=settings.seed)
-    for _ in range(round(args.seconds / env.unwrapped.dt)):
+    for _ in range(math.ceil(args.seconds / env.unwrapped.dt)):
         states = torch.as_tensor(obs, dtype=torch.float32)[None]
         actions = policy.sample(states, settings.eval_draws, generator)
         with torch.no_grad():
@@ -65,6 +66,8 @@ if __name__ == "__main__":
         state = torch.load(args.run / "checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"{args.run}/checkpoint.pt cannot be used: {str(error).splitlines()[0]}") from None
+    if not state["script"].startswith("simpo_"):
+        raise SystemExit(f"{args.run} is of {state['script']}.py; give a run of simpo_*.py")
     if args.out.resolve() == args.run.resolve():
         raise SystemExit(f"{args.out} is the run itself; choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)

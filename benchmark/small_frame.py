@@ -80,6 +80,12 @@ def add(sweep, path):
         csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *rows])
 
 
+def name_of(method):
+    """What a legend calls it: its longest beginning that has a name, and the flags after that."""
+    start = max((name for name in NAMES if f"{method} ".startswith(f"{name} ")), key=len, default="")
+    return NAMES.get(start, "") + method[len(start) :]
+
+
 def mean(values):
     """The mean as text, with its interval if there are two values or more."""
     if len(values) < 2:
@@ -102,11 +108,12 @@ def draw(curves, minutes, path):
     t-intervals from three seeds on. A row that compares nothing is left out.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
-    color = {method: f"C{i}" for names in (PAPER, known) for i, method in enumerate(names)} | {"simpo_neg": "black"}
+    color = {method: f"C{i % 10}" for i, method in enumerate([*PAPER, *known])} | {"simpo_neg": "black"}
     others = ["simpo_neg", *known]
     timed = [method for method in others if minutes(method, 0) is not None]
     rows = [(list(PAPER), False), (others, False), (timed, True)]
     rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
+    rows = rows or [([*PAPER, *known], False)]  # one method alone
     figure = Figure(figsize=(max(5.5, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
     for column, (env_id, curves_of) in enumerate(curves.items()):
@@ -117,8 +124,7 @@ def draw(curves, minutes, path):
                 steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
                 returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
                 x = [minutes(method, step) for step in steps] if by_minutes else steps
-                name = f"{NAMES.get(method, method)} ({len(returns)})"
-                panel.plot(x, returns.mean(0), color=color[method], label=name)
+                panel.plot(x, returns.mean(0), color=color[method], label=f"{name_of(method)} ({len(returns)})")
                 if len(returns) > 2:
                     low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
                     panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
@@ -146,6 +152,8 @@ if __name__ == "__main__":
     for env_id, methods in curves.items():
         if not methods:
             raise SystemExit(f"{args.csv} has no run of {env_id}, which --env-ids names")
+    if not args.cost.exists():
+        raise SystemExit(f"--cost {args.cost}: there is no such file; /dev/null: no costs")
     costs = {label(row["script"], row["flags"]): float(row["milliseconds"]) for row in csv.DictReader(args.cost.open())}
 
     def minutes(method, step):
