@@ -45,7 +45,7 @@ Count = Annotated[int, "at least 1", lambda n: n >= 1]
 Several = Annotated[int, "at least 2", lambda n: n >= 2]
 Sequences = Annotated[int, "at least 100", lambda n: n >= 100]
 Length = Annotated[int, "at least 13, the longest site", lambda n: n >= 13]
-Seed = Annotated[int, "at least 0", lambda n: n >= 0]
+Seed = Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Bound = Annotated[float, "above 0", lambda x: x > 0]
@@ -310,7 +310,8 @@ def finetune(pretrained, oracle, length, method, seed, args, judges):
         p_old, K = denoiser if args.samples_from == "tuned" else pretrained, args.num_particles
         x = sample(p_old, K, length, args.sampling_steps, generator, args.sampling_dtype, batch=K)  # (K, L)
         q = predict(oracle, x)  # (K,)
-        check_finite(f"{method}, round {k}", reward=q)
+        where = f"{method}, round {k}" + f", --epsilon {args.epsilon:g}" * method.endswith("neg")
+        check_finite(where, reward=q)
         if args.temperature_rule == "kl":
             weights = weigh(method, q, solve_temperature(method, q, args), args.epsilon)
         else:
@@ -331,7 +332,7 @@ def finetune(pretrained, oracle, length, method, seed, args, judges):
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(denoiser.parameters(), args.grad_norm)
-            check_finite(f"{method}, round {k}", loss=loss, gradient=norm)
+            check_finite(where, loss=loss, gradient=norm)
             optimizer.step()
             losses.append(loss.item())
 
@@ -347,9 +348,7 @@ def check_finite(where, **quantities):
     """Raises SystemExit with one line for the first quantity that is not finite."""
     for name, value in quantities.items():
         if not value.isfinite().all():
-            raise SystemExit(
-                f"stopped at {where}: {name} not finite; a smaller learning rate, --epsilon or --grad-norm may help"
-            )
+            raise SystemExit(f"stopped at {where}: {name} not finite; a smaller learning rate may help")
 
 
 # Liver transcription factors: consensus (IUPAC), strength, best place (share of the length), weight on the other strand
@@ -421,7 +420,7 @@ def read_table(flag, path, columns):
     code = bytes.maketrans(b"ACGTacgt", bytes(2 * [0, 1, 2, 3]))
     tokens, values, bad, length = bytearray(), [], [], None
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
             for name in ("seq", *columns):
@@ -645,9 +644,9 @@ def sha256(path):
 
 def save(path, state):
     """torch.save, written aside and moved into place: a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -656,7 +655,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"{path} cannot be written, is there room? {str(error).splitlines()[0]}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def load(path):
@@ -672,7 +672,7 @@ def load(path):
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
     content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
         raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
     state = content["state"]
     if kind == "denoiser":

@@ -51,7 +51,7 @@ from tqdm import tqdm
 # What a flag's value must be is part of its type, and what it means is the comment beside it: --help shows that.
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
 Several = Annotated[int, "at least 2", lambda n: n >= 2]
-Seed = Annotated[int, "at least 0", lambda n: n >= 0]
+Seed = Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 Share = Annotated[float, "above 0 and at most 1", lambda x: 0 < x <= 1]
 File = Annotated[str, "a file that is there", lambda path: not path or Path(path).is_file()]
@@ -324,7 +324,7 @@ def read_table(flag, path, columns):
     code = bytes.maketrans(b"ACGTacgt", bytes(2 * [0, 1, 2, 3]))
     tokens, values, bad, length = bytearray(), [], [], None
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
             for name in ("seq", *columns):
@@ -461,7 +461,7 @@ def load(path):
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
     content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
         raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
     state = content["state"]
     if kind == "denoiser":

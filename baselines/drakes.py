@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 # What a flag's value must be is part of its type, and what it means is the comment beside it: --help shows that.
 Count = Annotated[int, "at least 1", lambda n: n >= 1]
-Seed = Annotated[int, "at least 0", lambda n: n >= 0]
+Seed = Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 File = Annotated[str, "a file that is there", lambda path: not path or Path(path).is_file()]
@@ -302,7 +302,7 @@ def read_table(flag, path, columns):
     code = bytes.maketrans(b"ACGTacgt", bytes(2 * [0, 1, 2, 3]))
     tokens, values, bad, length = bytearray(), [], [], None
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
             for name in ("seq", *columns):
@@ -430,9 +430,9 @@ def sha256(path):
 
 def save(path, state):
     """torch.save, written aside and moved into place: a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -441,7 +441,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"{path} cannot be written, is there room? {str(error).splitlines()[0]}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def load(path):
@@ -457,7 +458,7 @@ def load(path):
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
     content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
         raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
     state = content["state"]
     if kind == "denoiser":

@@ -40,11 +40,12 @@ class Args:
 
 
 def read(folder):
-    """The rows and the curves of a run, methods named with their rule, numbers as floats; SystemExit if it has none."""
+    """A run's rows and curves, methods named with their rule, and the text of its models.json; SystemExit without."""
     try:
         settings = json.loads((folder / "args.json").read_text())
         suffix = ", authors" if settings.get("temperature_rule") == "authors" else ""
         suffix += f", clip {settings['loss_clip']:g}" if settings.get("loss_clip", math.inf) < math.inf else ""
+        models = Path(settings.get("models") or folder / "models.json").read_text()
         tables = [list(csv.DictReader((folder / "rows.csv").open())), []]
         if (folder / "curves.csv").exists():
             tables[1] = list(csv.DictReader((folder / "curves.csv").open()))
@@ -59,7 +60,7 @@ def read(folder):
         row.setdefault("train_seconds", max((c["seconds"] for c in mine), default=0.0))  # of dna_finetune.py
         if rewards := [c["reward"] for c in mine if "reward" in c]:
             row["largest_fall"] = round(float(np.max(np.maximum.accumulate(rewards) - rewards)), 4)
-    return rows, curves
+    return rows, curves, models
 
 
 def interval(values):
@@ -82,15 +83,20 @@ def colour(method):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if not args.runs:
+        raise SystemExit("give the directories of runs, runs/RUN")
     runs = [read(folder) for folder in args.runs]
+    for folder, (_, _, models) in zip(args.runs, runs, strict=True):
+        if models != runs[0][2]:
+            raise SystemExit(f"{folder} has other models than {args.runs[0]}; see their models.json")
     rows = {}
-    for folder, (found, _) in zip(args.runs, runs, strict=True):
+    for folder, (found, _, _) in zip(args.runs, runs, strict=True):
         for row in found:
             before = rows.setdefault((row["method"], row["seed"]), row)
             if before is not row and row["method"] != "pretrained":
                 raise SystemExit(f"{folder}: another run has {row['method']}, seed {row['seed']:g}, too; leave one out")
     rows = rows.values()
-    curves = [row for _, curves in runs for row in curves]
+    curves = [row for _, curves, _ in runs for row in curves]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -145,8 +151,9 @@ if __name__ == "__main__":
             for seed in {row["seed"] for row in mine}:
                 single = [(row["step"], row[name]) for row in mine if row["seed"] == seed]
                 ax.plot(*zip(*sorted(single), strict=True), color=colour(method), linewidth=0.5, alpha=0.3)
-        ax.set(xlabel="round (DRAKES: update)", ylabel=label)
+        ax.set(xlabel="round", ylabel=label)
         if any("drakes" in row["method"] and name in row for row in curves):  # many updates
+            ax.set_xlabel("round (DRAKES: update), square-root scale")
             ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
             ax.set_xlim(left=0)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")

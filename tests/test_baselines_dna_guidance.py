@@ -1,5 +1,6 @@
 """baselines/dna_guidance.py: its laws on an enumerable space, the frame of dna_finetune.py, its runs and bad input."""
 
+import copy
 import csv
 import itertools
 import json
@@ -134,26 +135,29 @@ def test_cg_with_a_linear_reward_shifts_independent_letters_by_exp_gamma_r(steps
     assert total_variation(observed / n, joint) > 0.3
 
 
-def test_cg_has_the_law_of_finite_differences_of_the_reward_and_of_enumeration():
-    """Two steps: q' with slopes from r(f(x)) where a little of one letter takes the place of the mask."""
-    p, gamma, h, n = random_law(3, 1.5).double(), 1.5, 1e-4, 30_000
-    denoiser, reward, mask = table(p).double(), Reward(random_reward(5).double()), guidance.MASK
+def law_by_differences(denoiser, reward, gamma, x, left):
+    """log q' (B, 3, 5): slopes of r(f(x)) where a little of one letter takes the place of the mask; gamma 0: log q."""
+    h, hot = 1e-4, F.one_hot(x, 5).double()
 
     def value(x):
         return reward(x[..., :4] + x[..., 4:] * denoiser(x).exp())
 
-    def guided(x, left):  # q' (B, 3, 5)
-        hot = F.one_hot(x, 5).double()
-        stay = torch.full((len(x), 3, 1), 1 - 1 / left).log()
-        log_q = torch.cat([denoiser(hot) - math.log(left), stay], -1)
-        for i, v in itertools.product(range(3), range(4)):
-            change = torch.zeros(3, 5, dtype=torch.float64)
-            change[i, v], change[i, mask] = h, -h
-            log_q[:, i, v] += gamma * (value(hot + change) - value(hot - change)) / (2 * h)
-        return log_q.softmax(-1)
+    log_q = torch.cat([denoiser(hot) - math.log(left), torch.full((len(x), 3, 1), 1 - 1 / left).log()], -1)
+    for i, v in itertools.product(range(3), range(4)):
+        change = torch.zeros(3, 5, dtype=torch.float64)
+        change[i, v], change[i, guidance.MASK] = h, -h
+        log_q[:, i, v] += gamma * (value(hot + change) - value(hot - change)) / (2 * h)
+    return log_q.log_softmax(-1)
 
+
+def test_cg_has_the_law_of_finite_differences_of_the_reward_and_of_enumeration():
+    p, gamma, n, mask = random_law(3, 1.5).double(), 1.5, 30_000, guidance.MASK
+    denoiser, reward = table(p).double(), Reward(random_reward(5).double())
     states = torch.tensor(list(itertools.product(range(5), repeat=3)))  # (125, 3)
-    first, second = guided(torch.full((1, 3), mask), 2)[0], guided(states, 1)
+    starts = torch.full((1, 3), mask), states
+    (first,), second = (
+        law_by_differences(denoiser, reward, gamma, x, left).exp() for x, left in zip(starts, (2, 1), strict=True)
+    )
     p_state = first[torch.arange(3), states].prod(-1)
     stayed, same = states[:, None] == mask, states[:, None] == ALL  # (125, 1 or 64, 3)
     drawn = torch.stack([second[:, i][:, ALL[:, i]] for i in range(3)], -1)  # (125, 64, 3)
@@ -161,6 +165,27 @@ def test_cg_has_the_law_of_finite_differences_of_the_reward_and_of_enumeration()
     x = guidance.draw(denoiser, reward, n, 3, 2, generator(), gamma=gamma)
     assert stats.chisquare(counts(x), n * expected.numpy(), sum_check=False).pvalue > 1e-4
     assert total_variation(expected, law(Table(p), 2)) > 0.2
+
+
+def test_tds_weighs_each_particle_by_its_own_masked_places(monkeypatch):
+    """exp((r(x0^(x_s)) - r(x0^(x_t))) / alpha) prod over the masks of x_t of q(x_s) / q'(x_s), x_t after resampling."""
+    gamma, alpha, states, rows, weights = 1.5, 0.7, [], [torch.arange(40)], []
+    denoiser, reward, draw = table(random_law(3, 1.5)).double(), Reward(random_reward(5).double()), torch.multinomial
+    monkeypatch.setattr(guidance, "check_finite", lambda _, weight=None, law=None: weights.append(weight))
+    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: rows.append(draw(*a, **k)) or rows[-1])
+
+    def seen(x):
+        return states.append(x.argmax(-1)) or denoiser(x)
+
+    guidance.draw(seen, reward, 40, 3, 3, generator(), gamma=gamma, alpha=alpha)
+    weights = [weight for weight in weights if weight is not None]
+    for left, before, x_t, x_s, weight in zip((3, 2, 1), rows[:-1], states[:-1], states[1:], weights, strict=True):
+        x_t = x_t[before]
+        gain = [reward(torch.where(x == guidance.MASK, denoiser(x).argmax(-1), x)) for x in (x_s, x_t)]
+        log_q, log_guided = (law_by_differences(denoiser, reward, g, x_t, left) for g in (0.0, gamma))
+        ratio = (log_q - log_guided).gather(-1, x_s[..., None])[..., 0]
+        expected = (gain[0] - gain[1]) / alpha + torch.where(x_t == guidance.MASK, ratio, 0.0).sum(-1)
+        torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-5)
 
 
 def conditional_model():
@@ -204,10 +229,36 @@ def test_conditional_model_learns_its_classes(monkeypatch):
     x = torch.randint(4, (2000, 3))
     y = (x[:, 0] == 0).float()
     args = guidance.Args(class_share=y.mean().item(), train_steps=150, train_lr=1e-2)
-    model = guidance.train_conditional(guidance.Denoiser(16, 1).requires_grad_(False), x.byte(), y, args)
+    pretrained = guidance.Denoiser(16, 1).requires_grad_(False)
+    before = copy.deepcopy(pretrained.state_dict())
+    model = guidance.train_conditional(pretrained, x.byte(), y, args)
+    assert all(torch.equal(before[name], value) for name, value in pretrained.state_dict().items())
     assert (torch.cat(labels) == 2).float().mean().item() == pytest.approx(0.1, abs=0.01)
     p = model(torch.full((3, 3), guidance.MASK), torch.tensor([0, 1, 2])).exp()[:, 0, 0]
     assert p[0] < 0.03 and p[1] > 0.9 and abs(p[2] - y.mean()) < 0.12
+
+
+def test_learning_rates_fall_to_a_tenth_along_a_cosine_and_gradients_of_denoisers_are_cut(monkeypatch):
+    """At share s of the steps lr (1 + 9 cos^2(pi s / 2)) / 10; a gradient of norm 1 at most."""
+    seen, step = [], torch.optim.Adam.step
+
+    def watched(self):
+        group = self.param_groups[0]
+        seen.append((group["lr"], sum((p.grad**2).sum().item() for p in group["params"] if p.grad is not None) ** 0.5))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    for script in (dna, guidance):
+        monkeypatch.setattr(script, "elbo_loss", lambda *a, of=script.elbo_loss: 1e4 * of(*a))
+    y, start = torch.arange(64.0), guidance.Denoiser(4, 1).requires_grad_(False)
+    args = dna.Args(width=4, pretrain_steps=40, pretrain_lr=0.01, oracle_width=4, oracle_epochs=40, oracle_lr=0.02)
+    dna.pretrain(ALL.byte(), args)
+    dna.train_oracle(ALL.byte(), y, False, args)
+    guidance.train_conditional(start, ALL.byte(), y, guidance.Args(train_steps=40, train_lr=0.03))
+    rates, norms = zip(*seen, strict=True)
+    shape = [(1 + 9 * math.cos(math.pi * k / 80) ** 2) / 10 for k in range(40)]
+    assert rates == pytest.approx([lr * share for lr in (0.01, 0.02, 0.03) for share in shape])
+    assert norms[:40] + norms[80:] == pytest.approx([1] * 80, rel=1e-3)
 
 
 def model_files(folder, length=16):
@@ -267,6 +318,14 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     }
 
 
+def test_cfg_learns_from_the_reward_oracles_part_only(run_script, tmp_path, monkeypatch):
+    args, seen, topk = model_files(tmp_path / "here").parent / "args.json", [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda y, *count: seen.append(y) or topk(y, *count))
+    run_script("baselines/dna_guidance", "--method", "cfg", *TINY, folder="here")
+    _, y, (for_reward, _, _), _ = guidance.read_data(dna.Args(**json.loads(args.read_text())))
+    assert len(seen) == 2 and torch.equal(seen[0], y) and torch.equal(seen[1], y[for_reward])
+
+
 BAD_FLAGS = [
     ("--gamma -1", "--gamma must be at least 0"),
     ("--gamma 1 nan", "--gamma must be at least 0"),
@@ -274,6 +333,7 @@ BAD_FLAGS = [
     ("--w inf", "--w must be at least 0"),
     ("--num-particles 1", "--num-particles must be at least 2"),
     ("--class-share 0", "--class-share must be above 0"),
+    ("--seed 4294967296", "--seed must be from 0 to 2^32 - 1"),
     ("--models nothing.json", "--models must be a file that is there; got nothing.json"),
     ("--device nonsense", "--device nonsense"),
     ("", "--models: there is no run of dna_finetune.py in runs/"),

@@ -70,6 +70,18 @@ def test_the_last_steps_are_soft(gradient_steps):
     assert soft == [left <= gradient_steps for left in (4, 3, 2, 1)]
 
 
+def test_a_soft_step_goes_as_far_as_a_place_is_masked():
+    """x_s = x_t + x_t[MASK] (softmax((log q + Gumbel) / tau) - x_t), the noise drawn again."""
+    model, seen, tau, noise = Pair(1).requires_grad_(False), [], 0.7, generator()
+    x, _ = drakes.rollout(lambda x: seen.append(x) or model(x), None, 50, 2, 4, 4, tau, 0.0, generator())
+    for left, x_t, x_s in zip((4, 3, 2, 1), seen, [*seen[1:], x], strict=True):
+        q = torch.cat([model(x_t).exp() / left, torch.full((50, 2, 1), 1 - 1 / left)], -1)
+        e = (q / torch.empty(50, 2, 5, dtype=torch.float64).exponential_(generator=noise)) ** (1 / tau)
+        expected = torch.lerp(x_t.double(), e / e.sum(-1, keepdim=True), x_t[..., 4:].double())
+        torch.testing.assert_close(x_s, expected[..., : x_s.shape[-1]])
+    assert 0.1 < seen[2][..., 4].mean() < 0.9  # soft, indeed
+
+
 def test_path_kl_counts_the_soft_share_that_is_masked():
     model, pretrained, seen = Pair(1).requires_grad_(False), Pair(2).requires_grad_(False), []
     sampler = 50, 2, 4, 2, 0.7, 1.0, generator()
@@ -195,6 +207,7 @@ BAD_FLAGS = [
     ("--tau 0", "--tau must be above 0"),
     ("--lr nan", "--lr must be above 0"),
     ("--gradient-steps 0", "--gradient-steps must be at least 1"),
+    ("--seed -1", "--seed must be from 0 to 2^32 - 1"),
     ("--models nothing.json", "--models must be a file that is there; got nothing.json"),
     ("", "--models: there is no run of dna_finetune.py in runs/"),
 ]

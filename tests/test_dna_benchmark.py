@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -230,6 +231,8 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     def run(folder, settings, rows, curve=()):
         Path(folder).mkdir()
         Path(folder, "args.json").write_text(json.dumps(settings))
+        if "models" not in settings:
+            Path(folder, "models.json").write_text("{}")
         for name, table in (("rows.csv", rows), ("curves.csv", curve)):
             if table:
                 lines = [",".join(table[0]), *(",".join(map(str, row.values())) for row in table)]
@@ -246,7 +249,8 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     ]
     run("kl", dict(temperature_rule="kl"), rows, curve)
     run("authors", dict(temperature_rule="authors"), [row("pretrained", 1, 0.25), row("exp", 1, 3.0)])
-    run("cg", {}, [row("cg", 1, 5.0, true_activity=math.nan, train_seconds=1, draw_seconds=7.4)])
+    of_kl = dict(models="kl/models.json")
+    run("cg", of_kl, [row("cg", 1, 5.0, true_activity=math.nan, train_seconds=1, draw_seconds=7.4)])
     run_file("benchmark/dna_table.py", "kl", "authors", "cg", "--out", "table")
     table = {row["method"]: row for row in csv.DictReader(Path("table/table.csv").open())}
     assert list(table) == ["pretrained", "exp", "exp, authors", "cg"]
@@ -266,15 +270,29 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     settings = dict(temperature_rule="authors", loss_clip=5.0)
     run("clip", settings, [row("exp", seed, x) for seed, x in [(3, 4.0), (1, 2.5), (2, 2.5)]])
     run_file("benchmark/dna_table.py", "kl", "clip", "--out", "paired")
+    assert [panel.get_xlabel() for panel in plt.gcf().axes] == ["round", "round"]
     difference = {row["difference"]: row for row in csv.DictReader(Path("paired/differences.csv").open())}
     half = 4.302653 / math.sqrt(3)  # the differences by seed are 1.5, 0.5 and -0.5
     expected = f"0.50 [{0.5 - half:.2f}, {0.5 + half:.2f}]"
     assert difference["exp, authors, clip 5 minus exp"]["pred_activity"] == expected
+    drakes = [dict(method="drakes", seed=1, step=k, seconds=k, reward=1) for k in (0, 1)]
+    run("drakes", of_kl, [row("drakes", 1, 1.0)], drakes)
+    run_file("benchmark/dna_table.py", "kl", "drakes", "--out", "drawn")
+    labels = [panel.get_xlabel() for panel in plt.gcf().axes]
+    assert labels == ["round (DRAKES: update), square-root scale", "round"]  # its true activity is not drawn
     Path("no").mkdir()
     run("twice", {}, [row("cg", 1, 4.0)])
-    for other, why in ("no", "no is no finished run"), ("twice", "twice: another run has cg, seed 1, too"):
+    run("other", {}, [row("cg", 1, 4.0)])
+    Path("other/models.json").write_text('{"pretrained": "another"}')
+    for folders, why in [
+        ("kl cg no", "no is no finished run"),
+        ("kl cg twice", "twice: another run has cg, seed 1, too"),
+        ("kl other", "other has other models than kl"),
+        ("", "give the directories of runs"),
+    ]:
         with pytest.raises(SystemExit, match=why):
-            run_file("benchmark/dna_table.py", "kl", "cg", other)
+            run_file("benchmark/dna_table.py", *folders.split())
+        assert not Path("runs").exists()
     with pytest.raises(SystemExit) as end:  # guidance alone has no rounds to draw
         run_file("benchmark/dna_table.py", "cg", "--out", "guided")
     assert end.value.code is None and not Path("guided/rounds.png").exists()

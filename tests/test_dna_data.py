@@ -85,9 +85,10 @@ def test_malformed_rows_are_left_out_and_reported(tmp_path, capsys):
         assert f"7 malformed rows left out, the first at {first}\n" in capsys.readouterr().out
 
 
-def test_table_of_the_papers_form(tmp_path):
-    rows = ["seq, hepg2,k562,sknsh"] + [f"{'ACGT' * 50},{i},0.5,-1" for i in range(3)]
-    x, y = dna.read_table("--data", write_table(tmp_path / "gosai_all.csv", rows), ["hepg2", "sknsh"])
+@pytest.mark.parametrize("mark, name", [("", "gosai_all.csv"), ("\ufeff", "excel.csv"), ("\ufeff", "excel.csv.gz")])
+def test_table_of_the_papers_form_with_or_without_a_byte_order_mark(tmp_path, mark, name):
+    rows = [f"{mark}seq, hepg2,k562,sknsh"] + [f"{'ACGT' * 50},{i},0.5,-1" for i in range(3)]
+    x, y = dna.read_table("--data", write_table(tmp_path / name, rows), ["hepg2", "sknsh"])
     assert x.shape == (3, 200) and y.tolist() == [[0, -1], [1, -1], [2, -1]]
 
 

@@ -52,6 +52,7 @@ BAD_FLAGS = [
     ("--loss-clip 0", "--loss-clip must be above 0"),
     ("--rounds 0", "--rounds must be at least 1"),
     ("--seeds 0", "--seeds must be at least 1"),
+    ("--seed 99999999999999999999999", "--seed must be from 0 to 2^32 - 1"),
     ("--num-particles 4 --target-kl 1.5", "--target-kl must be above 0 and below log(num_particles)"),
     ("--num-particles 1", "--num-particles must be at least 2"),
     ("--top-share 0", "--top-share must be above 0 and at most 1"),
@@ -84,6 +85,7 @@ def test_files_that_are_no_model_or_no_table_get_one_line(run_script, tmp_path):
     for content in ({"state": {}}, torch.zeros(3), dict(kind="denoiser", state={})):
         torch.save(content, tmp_path / "other.pt")
         refuses(run_script, "other.pt holds no oracle of this script", "--eval-oracle", tmp_path / "other.pt")
+    refuses(run_script, "other.pt holds no denoiser of this script", "--pretrained", tmp_path / "other.pt")
     oracle = dna.Oracle(4, 20)
     torch.save(dict(kind="oracle", length=20, state=oracle.state_dict()), tmp_path / "oracle.pt")
     refuses(run_script, "oracle.pt is for 20 bases, the data has 60", "--reward-oracle", tmp_path / "oracle.pt")
@@ -191,10 +193,19 @@ def test_full_disk_ends_with_one_line_and_leaves_no_half_file(run_dna):  # noqa:
     assert "\n" not in error.value.code and not list(Path("runs/dna_stages").iterdir())
 
 
+def test_a_file_where_the_stages_go_gets_one_line(run_dna):  # noqa: F811
+    Path("runs").mkdir()
+    Path("runs/dna_stages").touch()
+    with pytest.raises(SystemExit, match=r"pretrained-\w+.pt cannot be written.*File exists") as error:
+        run_dna()
+    assert "\n" not in error.value.code
+
+
 def test_loss_that_is_not_finite_stops_with_one_line(run_dna):  # noqa: F811
-    with pytest.raises(SystemExit, match=r"stopped at lin-neg, round \d: (loss|gradient) not finite; a") as error:
-        run_dna("--methods", "lin-neg", "--lr", "1e30", "--rounds", "5", "--updates", "3")
-    assert "\n" not in error.value.code and "--epsilon" in error.value.code
+    message = r"stopped at lin-neg, round \d, --epsilon 0.7: (loss|gradient) not finite; a smaller learning rate may"
+    with pytest.raises(SystemExit, match=message) as error:
+        run_dna("--methods", "lin-neg", "--lr", "1e30", "--rounds", "5", "--updates", "3", "--epsilon", "0.7")
+    assert "\n" not in error.value.code
     with pytest.raises(SystemExit, match="exp, round 0: reward not finite"):
         tune("exp", random_law(1), torch.full((64,), math.nan), num_particles=8)
 

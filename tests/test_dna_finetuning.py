@@ -122,6 +122,13 @@ def test_temperature_reaches_the_target_kl(method, scale):
     torch.testing.assert_close((p * (64 * p).log()).sum(-1), torch.full((2,), 1.2).double(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_given_temperature_is_in_deviations_of_the_rewards(method):
+    q = 40 * torch.randn(2, 64, generator=torch.Generator().manual_seed(1)) + 5
+    expected = 0.3 * np.std(q.double().numpy(), axis=-1, ddof=1, keepdims=True)
+    np.testing.assert_allclose(dna.solve_temperature(method, q, dna.Args(temperature=0.3)), expected)
+
+
 def test_authors_rule_against_its_definition():
     """clip(A, lower, 3); A^2 above 0 and clip(A, lower, 0) below; softmax(r / 0.1); softmax(A) - softmax(-A)."""
     r = torch.cat([torch.randn(126, generator=torch.Generator().manual_seed(1)), torch.tensor([8.0, 3.0])]).double()

@@ -1,13 +1,18 @@
 """dna_finetune.py as a whole: what a run makes, that it repeats itself, and which stages are made again."""
 
 import csv
+import itertools
+import json
+import math
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT
 from test_dna_data import text, write_table
 
@@ -66,7 +71,8 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna, tmp_path):
         assert f"\n{dna.LABELS[method]} " in out
         lines = (made / f"{method}-seed2.fasta").read_text().split()
         assert len(lines) == 16 and lines[0] == f">{method}-seed2-1" and re.fullmatch("[ACGT]{16}", lines[1])
-    assert "sqr-neg - exp: " in out and "95% interval" in out
+    drawn = [(made / f"pretrained-seed{seed}.fasta").read_text().split()[1::2] for seed in (1, 2)]
+    assert drawn[0] != drawn[1] and "sqr-neg - exp: " in out and "95% interval" in out
 
     for path in Path("runs/dna_stages").iterdir():
         path.unlink()
@@ -91,6 +97,57 @@ def test_stages_are_skipped_and_made_again(run_dna):
     before = stages()
     run_dna("--methods", "exp", "--pretrain-lr", "0.01")
     assert set(kinds(set(stages()) - set(before))) == {"pretrained", "tuned", "evaluated"}
+
+
+def test_every_flag_that_a_stage_reads_is_in_its_key(run_dna, monkeypatch):
+    """But for epsilon, whose value is, and data, whose hash is."""
+    read, keys, kept, cli, dumps, save = set(), [], [], tyro.cli, json.dumps, torch.save
+
+    def watched(kind, **kwargs):
+        args = cli(kind, **kwargs)
+        look = {"__getattribute__": lambda self, name: read.add(name) or object.__getattribute__(self, name)}
+        args.__class__ = type("Watched", (kind,), look)
+        return args
+
+    def remember(content, **kwargs):  # of which a stage makes its key, before its work
+        read.clear()
+        keys.append(dumps(content, **kwargs))
+        return keys[-1]
+
+    def check(content, file):
+        missing = {name for name in vars(dna.Args()).keys() & read if f'"{name}"' not in keys[-1]}
+        assert missing <= {"epsilon", "data"}
+        kept.append(len(read))
+        save(content, file)
+
+    for module, name, by in ((tyro, "cli", watched), (json, "dumps", remember), (torch, "save", check)):
+        monkeypatch.setattr(module, name, by)
+    run_dna("--methods", "lin-neg")
+    assert len(kept) == 6 and min(kept) > 3
+
+
+def test_a_run_uses_its_data_as_promised(run_dna):
+    """Who learns from which rows; what the 3-mers are compared with; that who only judges rewards nobody."""
+    flags = ("--methods", "exp", "--top-share", "0.1")
+    made, _ = run_dna(*flags)
+    args = dna.Args(**json.loads((made / "args.json").read_text()))
+    x, y, (for_reward, for_eval, _), _ = dna.read_data(args)
+    files = {name: dna.load(path) for name, path in json.loads((made / "models.json").read_text()).items()}
+    assert files["reward_oracle"]["state"]["mean"] == y[for_reward].mean() != y[for_eval].mean()
+    assert files["eval_oracle"]["state"]["mean"] == y[for_eval].mean()
+    again = dna.pretrain(x[torch.cat([for_reward, for_eval])], args)["state"]
+    assert all(torch.equal(again[name], value) for name, value in files["pretrained"]["state"].items())
+    row = next(csv.DictReader(open(made / "rows.csv")))
+    groups = (made / "pretrained-seed1.fasta").read_text().split()[1::2], [text(s) for s in x[(-y).argsort()[:30]]]
+    words = ["".join(word) for word in itertools.product("ACGT", repeat=3)]
+    counts = [[sum(s[i : i + 3] == word for s in group for i in range(14)) for word in words] for group in groups]
+    assert float(row["kmer_correlation"]) == pytest.approx(np.corrcoef(*counts)[0, 1], abs=1e-4)
+
+    files["eval_oracle"]["state"]["mean"].fill_(math.nan)  # who is rewarded by it stops
+    torch.save(files["eval_oracle"], "judge.pt")
+    made, _ = run_dna(*flags, "--eval-oracle", "judge.pt", "--lr", "0.01")  # so that it is tuned anew
+    rows = list(csv.DictReader(open(made / "rows.csv")))
+    assert {row["pred_activity"] for row in rows} == {"nan"} and "nan" not in {row["reward_oracle"] for row in rows}
 
 
 def test_run_on_a_table_with_a_classifier_and_own_files(run_dna, tmp_path):
