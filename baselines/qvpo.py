@@ -263,7 +263,7 @@ def make_env(args, training=False, video_folder=None):
     if not continuous or action_space.low.ndim != 1 or not action_space.is_bounded() or action_space.dtype.kind != "f":
         raise SystemExit(f"--env-id {args.env_id} must be continuous, 1-D bounded actions: {obs_space}, {action_space}")
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
-    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":
         physics = env.unwrapped._env.physics
         env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
