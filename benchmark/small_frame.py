@@ -28,7 +28,7 @@ PAPER = {  # its names of the weightings
 }
 NAMES = PAPER | {  # in a picture's legend
     **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "gempo_jax": "authors' JAX"},
-    **{"simpo_noise": "Lin. Neg., loss in noise units"},
+    **{"simpo_noise": "Lin. Neg., noise loss", "simpo_noise_but_1": "Lin. Neg., noise loss but at t = 1"},
     **{"qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO", "sdac num-particles=64 temperature=0.2": "SDAC"},
     **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1"},
 }
