@@ -514,8 +514,8 @@ if __name__ == "__main__":
 
             # Their weights (9). lambda starts where the KL of the first ones is nearest to the target.
             if num_updates == 0 and args.temperature == 0:
-                grid = torch.logspace(-8, 8, 161, device=device)
-                weights, _ = reweight(particle_q, grid[:, None, None])  # (161, B, K)
+                grid = torch.logspace(-8, 8, 321, device=device)
+                weights, _ = reweight(particle_q, grid[:, None, None])  # (321, B, K)
                 log_temperature.data.copy_(grid[(kl(weights) - args.target_kl).abs().argmin()].log())
             temperature = log_temperature.detach().exp()
             weights, _ = compiled_reweight(particle_q, temperature)

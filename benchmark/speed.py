@@ -103,9 +103,8 @@ def measure(args, obs_dim, action_dim):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     shared = {field.name: getattr(args, field.name) for field in fields(args)} | dict(target_kl=1e-9)
-    simpo.Args(
-        **{name: value for name, value in shared.items() if hasattr(simpo.Args, name)}
-    ).check()  # bad values end it with one line
+    known = {name: value for name, value in shared.items() if hasattr(simpo.Args, name)}
+    simpo.Args(**known).check()  # bad values end it with one line
     if args.repeats < 1:
         raise SystemExit(f"--repeats must be at least 1; got {args.repeats}")
     args.diffusion_steps = args.diffusion_steps or {"dpm": 8, "ddpm": 20}[args.solver]

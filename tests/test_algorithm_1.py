@@ -95,7 +95,7 @@ def test_three_updates_by_hand(run_script, temperature, B):
             q = critic(obs, particles).double().sum(0).numpy() / 2
 
         if step == 40 and not temperature:  # lambda starts next to the target KL
-            grid = 10 ** np.linspace(-8, 8, 161)
+            grid = 10 ** np.linspace(-8, 8, 321)
             distances = abs(kl_from_uniform(lin_neg(q, grid[:, None, None], 0.5)) - 0.9)
             log_temperature.data.fill_(np.log(grid[distances.argmin()]))
             assert distances.min() < 0.1
@@ -157,9 +157,9 @@ def test_bellman_target_at_time_limits_and_terminations(run_script, env_id, q1):
 
 @pytest.mark.parametrize("script", ["simpo_exp", "simpo_power", "simpo_neg"])
 def test_learns_a_point_mass(run_script, script):
-    """Within 1,000 updates from a return of -3.3 (standing still) or worse to above -1."""
+    """Within 1,000 updates from -4 (the first policy) to above -1 by one draw; the best of three begins at about -1."""
     flags = [*LEARN.split(), *SMALL, "--total-timesteps", 2400, "--eval-every", 1200, "--old-policy-interval", 50]
-    run_dir = run_script(script, *flags)
+    run_dir = run_script(script, *flags, "--eval-draws", 1)
     assert read_eval(run_dir)[-1]["mean"] > -1.0
     updates = torch.load(run_dir / "checkpoint.pt", weights_only=True)["num_updates"]
     assert updates == 1000  # one per 2 steps, so 2 or 3 per step of the 5 environments
@@ -183,7 +183,7 @@ def test_lambda_starts_at_the_target_kl(run_script, script, flags):
     for env_id in ("Pendulum-v1", "small_envs:PointMass-v0"):
         run_dir = run_script(script, "--env-id", env_id, *flags, "--learning-starts", 100, "--total-timesteps", 105)
         events = EventAccumulator(str(run_dir)).Reload()
-        assert events.Scalars("weights/kl")[0].value == pytest.approx(1.5, abs=0.15)  # lambda in steps of 1.26
+        assert events.Scalars("weights/kl")[0].value == pytest.approx(1.5, abs=0.1)
 
 
 def test_an_unreachable_target_kl_leaves_lambda_above_0(run_script):

@@ -102,6 +102,6 @@ def test_cut_gives_no_weight_where_all_values_are_below_1(run_script):
 
 
 def test_learns_the_point_mass(run_script):
-    """From -3.3 (standing still) or worse to above -1.5 within 400 updates."""
-    run_dir = run_script("baselines/qvpo", *FAST, "--num-particles", "16")
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["evaluations"][-1]["mean"] > -1.5
+    """From -4 (the first policy) to above -1 within 900 updates, by one draw."""
+    run_dir = run_script("baselines/qvpo", *FAST, "--num-particles", "16", "--total-timesteps", "2000")
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["evaluations"][-1]["mean"] > -1.0
