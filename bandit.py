@@ -62,7 +62,7 @@ class Args:
     temperature_lr: Positive = 0.2  # step of log lambda per round, along the gradient of (30) divided by lambda
     min_temperature: Positive = 1e-4  # lower bound of lambda, in units of reward
     particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions (paper: none), not in the regrets
-    error_clip: Positive = 1000.0  # limit of a squared error of (7) over (pi/2)^2: how far case II pushes; paper: none
+    error_clip: Positive = 300.0  # limit of a squared error of (7) over (pi/2)^2: how far case II pushes; paper: none
 
     # flow and optimisation
     rounds: Count = 80  # policy improvements; the old policy is refreshed at each
@@ -516,7 +516,7 @@ def figure_2(args):
             bottom.stairs(share, bins, label=stage, **style)
             histograms += [dict(method=method, stage=stage, x=x, share=y) for x, y in zip(middles, share, strict=True)]
         bottom.set_yscale("symlog", linthresh=0.01)
-        bottom.set(xlabel="action $a$", ylabel="share of draws, all trials", ylim=(0, 8), title="policy")
+        bottom.set(xlabel="action $a$", ylabel="share of draws, all trials", ylim=(0, 1), title="policy")
         bottom.legend(fontsize=8, loc="upper center", ncols=3, columnspacing=1)
     axes[1, 0].set_title("means and 95% intervals")
     axes[1, 0].legend(fontsize=8, loc="upper right", ncols=2)

@@ -27,7 +27,8 @@ FRAME = {"flow_rl", "env_id", "seed", "total_timesteps", "out"}  # not in the fo
 parser = argparse.ArgumentParser()
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
-defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, out="runs/small")
+defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, predict="noise", init="orthogonal")
+defaults |= dict(out="runs/small")
 for name, default in defaults.items():
     parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
 args = parser.parse_args()
@@ -36,9 +37,32 @@ folder = Path(args.out, "gempo_jax", args.env_id, " ".join(new) or "none", str(a
 if folder.exists():
     raise SystemExit(f"{folder} is there: delete it to train it again")
 sys.path.insert(0, args.flow_rl)
+from flowrl.module import initialization  # noqa: E402
+
+if args.init == "pytorch":  # before the networks that have it as their default are defined
+    initialization.default_kernel_init = initialization.pytorch_kernel_init
+    initialization.default_bias_init = initialization.pytorch_bias_init
+from flowrl.agent.online import dpmd  # noqa: E402
 from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402
+from flowrl.flow.continuous_ddpm import ContinuousDDPM, cosine_noise_schedule  # noqa: E402
 from flowrl.types import Batch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+
+if args.predict == "velocity":  # v = alpha eps - sigma a_0, errors clipped and averaged in its units, as in simpo_neg.py
+    add_noise = ContinuousDDPM.add_noise
+
+    def add_noise_v(self, rng, x0):
+        rng, xt, t, eps = add_noise(self, rng, x0)
+        alpha, sigma = self.noise_schedule_func(t)
+        return rng, xt, t, (eps - sigma * xt) / alpha  # what the loss compares the network with
+
+    class VelocityBackbone(dpmd.ContinuousDDPMBackbone):
+        def __call__(self, x, time, condition=None, training=False):
+            velocity = super().__call__(x, time, condition, training)
+            alpha, sigma = cosine_noise_schedule(time)
+            return velocity if training else sigma * x + alpha * velocity  # their sampler asks for the noise
+
+    ContinuousDDPM.add_noise, dpmd.ContinuousDDPMBackbone = add_noise_v, VelocityBackbone
 
 gym.logger.min_level = gym.logger.ERROR
 widths = [args.hidden_dim] * 3

@@ -22,7 +22,7 @@ FLAGS = "--seeds 2 --rounds 3 --updates 2 --fit-updates 40 --groups 1".split()
 
 def test_defaults_are_those_of_the_figures():
     args = Args()
-    assert (args.solver, args.diffusion_steps, args.temperature, args.error_clip) == ("dpm", 8, 0.1, 1000.0)
+    assert (args.solver, args.diffusion_steps, args.temperature, args.error_clip) == ("dpm", 8, 0.1, 300.0)
     assert (args.epsilon, args.num_particles, args.target_kl, args.particle_noise) == (0.3, 32, 1.5, 0.2)
 
 
@@ -219,7 +219,7 @@ def test_map_changes_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(bandit_map, "DISTANCES", (1.2, 2.8))
     monkeypatch.setattr(bandit_map, "OTHERS", {"height": (0.3, 0.9), "error_clip": (5.0, 30.0)})
     bandit_map.escape_map(bandit_map.Args(seeds=2, save_dir=tmp_path))
-    assert seen[:2] == [(1.2, 0.5, 1e3, 1.0), (2.8, 0.5, 1e3, 1.0)]
-    assert seen[2:] == [(2.0, 0.3, 1e3, 0.3), (2.0, 0.9, 1e3, 0.3), (2.0, 0.5, 5.0, 0.3), (2.0, 0.5, 30.0, 0.3)]
+    assert seen[:2] == [(1.2, 0.5, 300.0, 1.0), (2.8, 0.5, 300.0, 1.0)]
+    assert seen[2:] == [(2.0, 0.3, 300.0, 0.3), (2.0, 0.9, 300.0, 0.3), (2.0, 0.5, 5.0, 0.3), (2.0, 0.5, 30.0, 0.3)]
     rows = list(csv.DictReader(open(tmp_path / "escape_map.csv")))
     assert len(rows) == 2 * 8 + 4 * 4 and {row["reached"] for row in rows} == {"2"}
