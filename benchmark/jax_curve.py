@@ -7,7 +7,8 @@ python benchmark/jax_curve.py flow-rl --hidden-dim 256 --batch-size 256 --num-pa
 
 Install it in an environment of its own. For one thread, as in our runs, set
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1". Theirs is left as it is but for sizes, K,
-delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs. Here are
+delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs.
+--predict velocity, --init pytorch and --particles clipped each take one more thing from simpo_neg.py. Here are
 5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
 10 episodes, the best of 10 draws. Writes OUT/gempo_jax/ENVIRONMENT/FLAGS/SEED, as sweep.py: stats.py and small_frame.py
 take it, too.
@@ -15,6 +16,7 @@ take it, too.
 
 import argparse
 import csv
+import inspect
 import json
 import sys
 import time
@@ -27,8 +29,8 @@ FRAME = {"flow_rl", "env_id", "seed", "total_timesteps", "out"}  # not in the fo
 parser = argparse.ArgumentParser()
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
-defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, predict="noise", init="orthogonal")
-defaults |= dict(out="runs/small")
+defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, out="runs/small")
+defaults |= dict(predict="noise", init="orthogonal", particles="free")  # or velocity, pytorch, clipped
 for name, default in defaults.items():
     parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
 args = parser.parse_args()
@@ -42,13 +44,12 @@ from flowrl.module import initialization  # noqa: E402
 if args.init == "pytorch":  # before the networks that have it as their default are defined
     initialization.default_kernel_init = initialization.pytorch_kernel_init
     initialization.default_bias_init = initialization.pytorch_bias_init
-from flowrl.agent.online import dpmd  # noqa: E402
-from flowrl.agent.online.gempo import GeMPOAgent  # noqa: E402
+from flowrl.agent.online import dpmd, gempo  # noqa: E402
 from flowrl.flow.continuous_ddpm import ContinuousDDPM, cosine_noise_schedule  # noqa: E402
 from flowrl.types import Batch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-if args.predict == "velocity":  # v = alpha eps - sigma a_0, errors clipped and averaged in its units, as in simpo_neg.py
+if args.predict == "velocity":  # v = alpha eps - sigma a_0; its errors are clipped and averaged
     add_noise = ContinuousDDPM.add_noise
 
     def add_noise_v(self, rng, x0):
@@ -63,6 +64,12 @@ if args.predict == "velocity":  # v = alpha eps - sigma a_0, errors clipped and 
             return velocity if training else sigma * x + alpha * velocity  # their sampler asks for the noise
 
     ContinuousDDPM.add_noise, dpmd.ContinuousDDPMBackbone = add_noise_v, VelocityBackbone
+
+if args.particles == "clipped":  # to the actions' range, once they have noise
+    noisy = "action_batch + noise * additive_noise"
+    code = inspect.getsource(gempo)
+    assert code.count(noisy) == 1
+    exec(code.replace(noisy, f"jnp.clip({noisy}, -1, 1)"), vars(gempo))
 
 gym.logger.min_level = gym.logger.ERROR
 widths = [args.hidden_dim] * 3
@@ -80,7 +87,7 @@ def make():
 envs = gym.vector.SyncVectorEnv([make] * 5, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 eval_envs = gym.vector.SyncVectorEnv([make] * 10)
 obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-agent, rng = GeMPOAgent(obs_dim, action_dim, config.algo, seed=args.seed), np.random.default_rng(args.seed)
+agent, rng = gempo.GeMPOAgent(obs_dim, action_dim, config.algo, seed=args.seed), np.random.default_rng(args.seed)
 sizes = dict(obs=obs_dim, action=action_dim, reward=1, terminal=1, next_obs=obs_dim)
 buffer = {name: np.zeros((args.total_timesteps + 5, size), np.float32) for name, size in sizes.items()}
 

@@ -29,6 +29,11 @@ PAPER = {  # its names of the weightings
 NAMES = PAPER | {  # in a picture's legend
     **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "gempo_jax": "authors' JAX"},
     **{"simpo_noise": "Lin. Neg., noise loss", "simpo_noise_but_1": "Lin. Neg., noise loss but at t = 1"},
+    **{"simpo_orthogonal": "Lin. Neg., orthogonal", "simpo_unclipped": "Lin. Neg., particles not clipped"},
+    "simpo_neg temperature=0.125 temperature-lr=3e-4": "Lin. Neg., lambda as theirs",
+    "gempo_jax predict=velocity": "authors' JAX, velocity",
+    "simpo_all solver=ddpm policy-lr-end=3e-4 temperature=0.125 temperature-lr=3e-4": "Lin. Neg., all of these",
+    "gempo_jax predict=velocity init=pytorch particles=clipped": "authors' JAX, three changes",
     **{"qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO", "sdac num-particles=64 temperature=0.2": "SDAC"},
     **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1"},
 }
@@ -115,7 +120,8 @@ def draw(curves, minutes, path):
     rows = [(list(PAPER), False), (others, False), (timed, True)]
     rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
     rows = rows or [([*PAPER, *known], False)]  # one method alone
-    figure = Figure(figsize=(max(5.5, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(8, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
+    beside = dict(bbox_to_anchor=(1, 1)) if len(curves) == 1 else {}  # where there is room for the legend
     panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
     for column, (env_id, curves_of) in enumerate(curves.items()):
         panels[0, column].set(title=env_id.replace(" ", "\n"))
@@ -131,7 +137,7 @@ def draw(curves, minutes, path):
                     panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
             if not by_minutes:
-                panel.legend(fontsize="small", frameon=False, loc="upper left")
+                panel.legend(fontsize="small", frameon=False, loc="upper left", **beside)
     figure.supylabel("return (seeds), 95% interval")
     figure.savefig(path, dpi=100)
 

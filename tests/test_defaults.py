@@ -27,6 +27,8 @@ ORIGINALS = {  # of the baselines: the originals' settings, but for what the top
     | dict(eval_draws=1, solver="dpm"),
     "dacer": dict(alpha=3.0, alpha_lr=0.03, alpha_interval=1000, target_entropy=-0.9, entropy_draws=200)
     | dict(noise_scale=0.15, reward_scale=0.2, policy_delay=2, eval_draws=1, solver="dpm"),
+    "dppo": dict(rollout_steps=1000, num_epochs=10, batch_size=5000, clip_range=0.1, max_kl=1.0, gae_lambda=0.95)
+    | dict(denoising_discount=1.0, min_std=0.1, diffusion_steps=20, policy_lr=1e-4, critic_lr=1e-3),
 }
 
 
