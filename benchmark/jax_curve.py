@@ -30,9 +30,11 @@ parser = argparse.ArgumentParser()
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
 defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, out="runs/small")
-defaults |= dict(predict="noise", init="orthogonal", particles="free")  # or velocity, pytorch, clipped
+choices = dict(predict=("noise", "velocity"), init=("orthogonal", "pytorch"), particles=("free", "clipped"))  # or ours
+defaults |= {name: theirs for name, (theirs, _) in choices.items()}
 for name, default in defaults.items():
-    parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+    kind = dict(type=type(default), default=default, choices=choices.get(name))
+    parser.add_argument("--" + name.replace("_", "-"), **kind)
 args = parser.parse_args()
 new = [f"{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in FRAME and v != defaults[k]]
 folder = Path(args.out, "gempo_jax", args.env_id, " ".join(new) or "none", str(args.seed))
