@@ -19,6 +19,7 @@ import numpy as np
 import stats
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).parent / "mujoco"
@@ -111,34 +112,43 @@ def differences(returns):
 def draw(curves, minutes, path):
     """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
-    t-intervals from three seeds on. A row that compares nothing is left out.
+    t-intervals from three seeds on, all along or, in a row of more than five methods, at the end and set apart. A row
+    that compares nothing is left out. The legend has the number of seeds, task by task.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
-    color = {method: f"C{i % 10}" for i, method in enumerate([*PAPER, *known])} | {"simpo_neg": "black"}
+    colors = "C0 C1 C2 black C4 C3 C5 C6 C7 C8 C9 navy gold magenta tan teal lime".split()
+    color = dict(zip([*PAPER, *known], itertools.cycle(colors), strict=False))
     others = ["simpo_neg", *known]
     timed = [method for method in others if minutes(method, 0) is not None]
     rows = [(list(PAPER), False), (others, False), (timed, True)]
     rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
     rows = rows or [([*PAPER, *known], False)]  # one method alone
-    figure = Figure(figsize=(max(8, 4 * len(curves)), 3.3 * len(rows)), layout="constrained")
-    beside = dict(bbox_to_anchor=(1, 1)) if len(curves) == 1 else {}  # where there is room for the legend
+    figure = Figure(figsize=(2 + max(7, 4 * len(curves)), 3.5 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
-    for column, (env_id, curves_of) in enumerate(curves.items()):
-        panels[0, column].set(title=env_id.replace(" ", "\n"))
-        for panel, (methods, by_minutes) in zip(panels[:, column], rows, strict=True):
-            for method in (method for method in methods if method in curves_of):
-                seeds = curves_of[method]
-                steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
-                returns = np.array([[curve[step] for step in steps] for curve in seeds.values()])
-                x = [minutes(method, step) for step in steps] if by_minutes else steps
-                panel.plot(x, returns.mean(0), color=color[method], label=f"{name_of(method)} ({len(returns)})")
-                if len(returns) > 2:
-                    low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
-                    panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
+    for row, (methods, by_minutes) in zip(panels, rows, strict=True):
+        methods = [method for method in methods if any(method in curves_of for curves_of in curves.values())]
+        for panel, (env_id, curves_of) in zip(row, curves.items(), strict=True):
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
-            if not by_minutes:
-                panel.legend(fontsize="small", frameon=False, loc="upper left", **beside)
-    figure.supylabel("return (seeds), 95% interval")
+            panel.set(title=env_id.replace(" ", "\n") if row[0] is panels[0, 0] else "")
+            for i, method in enumerate(method for method in methods if method in curves_of):
+                seeds = list(curves_of[method].values())
+                steps = sorted(set.intersection(*map(set, seeds)))
+                returns = np.array([[curve[step] for step in steps] for curve in seeds])
+                x = np.array([minutes(method, step) for step in steps] if by_minutes else steps)
+                panel.plot(x, returns.mean(0), color=color[method])
+                if len(seeds) > 2:
+                    low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
+                    if len(methods) <= 5:
+                        panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
+                    else:
+                        end = x[-1] + (0 if by_minutes else (1 + i) * 0.02 * np.ptp(x))
+                        mean = returns.mean(0)[-1]
+                        panel.errorbar(end, mean, high[-1] - mean, color=color[method], marker=".")
+        counts = [", ".join(str(len(curves_of.get(method, ""))) for curves_of in curves.values()) for method in methods]
+        names = [f"{name_of(method)} ({count})" for method, count in zip(methods, counts, strict=True)]
+        lines = [Line2D([], [], color=color[method]) for method in methods]
+        row[-1].legend(lines, names, fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.supylabel("return, 95% interval (shaded or at the end)")
     figure.savefig(path, dpi=100)
 
 
