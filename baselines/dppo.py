@@ -11,10 +11,9 @@ environment step's, A, by V(s) and GAE. After every 1,000 steps of each environm
     critic    mean of (V(s) - R)^2, R = A + V_old(s), rewards over the deviation of their discounted sums, within +-10
     epochs    10 over shuffled pairs of environment step and denoising step; they end where mean(r - 1 - log r) > 1
 
-Departures from the authors' code (irom-princeton/dppo, cfg/gym/scratch): running mean and deviation of observations,
-where theirs are scaled by the range of a data set; time limits bootstrap (theirs are terminal); 200 iterations with 5
-environments (theirs: 450 with 10); 20 steps of this frame's schedule, its velocities and networks (theirs: 10 of
-another cosine, noises, residual networks, 3 x 512 ReLU in the policy); V's loss without a factor, which Adam undoes.
+Departures from the authors' code (irom-princeton/dppo, cfg/gym/scratch): running moments of observations (the range of
+a data set); time limits bootstrap (terminal); 200 iterations, 5 environments (450, 10); 20 steps of this frame's
+schedule, its velocities and networks (10, noises, residual, 512 ReLU); V's loss without a factor, which Adam undoes.
 
     python baselines/dppo.py --env-id HalfCheetah-v4
 """
@@ -50,7 +49,7 @@ Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # Intel gains by bfloat16 only with AMX
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # False: not emulated; Intel gains only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
@@ -85,8 +84,8 @@ class Args:
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
     eval_episodes: Count = 20  # episodes per evaluation, in parallel environments
     checkpoint_every: Natural = 50_000  # environment steps between checkpoints; 0: only at the start and at the end
-    resume: str = ""  # runs/<run_name>: go on from its checkpoint; its arguments hold but where given anew
-    evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint and train nothing; arguments likewise
+    resume: str = ""  # runs/<run_name>: go on from its checkpoint; only length, evaluation and logging may change
+    evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint, train nothing; arguments hold but where given anew
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
@@ -98,6 +97,7 @@ class Args:
         """SystemExit with one line for the first argument that makes no sense."""
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
+        rules["resume"] = "left out with --evaluate", lambda run: not (run and self.evaluate)
         if self.reward_landscape != "native":
             rules["env_id"] = f"{' or '.join(LANDSCAPE_SPEED)} for --reward-landscape", LANDSCAPE_SPEED.__contains__
         for name, (rule, holds) in rules.items():
@@ -148,11 +148,10 @@ class DiffusionPolicy(nn.Module):
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
             extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h_i / (2 h_{i+1}); 0 in steps T-1, T-2 (first) and 0
         coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6), row i for t_{i+1}
-        frequencies = torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))
-        time_features = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], dim=1)
+        angles = t[:, None] * torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))  # (T, 32)
         self.register_buffer("step_coefficients", coefficients.float(), persistent=False)
-        self.register_buffer("time_features", time_features.float(), persistent=False)  # (T, 64)
-        sizes = [action_dim + obs_dim + time_features.shape[1], hidden_dim, hidden_dim, hidden_dim, action_dim]
+        self.register_buffer("time_features", torch.cat([angles.sin(), angles.cos()], dim=1).float(), persistent=False)
+        sizes = [action_dim + obs_dim + 64, hidden_dim, hidden_dim, hidden_dim, action_dim]
         self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
 
     def embed(self, obs):
@@ -262,11 +261,12 @@ def make_env(args, training=False, video_folder=None):
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video_folder else {}))
         if video_folder:  # through the model's first camera, if it has one: it follows, the default one may not
-            vars(env.unwrapped).get("render_kwargs", {})["camera_id"] = 0  # of DM Control
-            if hasattr(env.unwrapped, "mujoco_renderer"):  # of Gymnasium
-                env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
+            if hasattr(base := env.unwrapped, "mujoco_renderer"):  # of Gymnasium
+                base.mujoco_renderer.camera_id = min(0, base.model.ncam - 1)
+            elif env_id != args.env_id:  # of DM Control
+                base.render_kwargs["camera_id"], base.metadata["render_fps"] = 0, 1 / base._env.control_timestep()
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
-    except (gym.error.Error, ImportError, RuntimeError, ValueError) as error:
+    except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     obs_space, action_space = env.observation_space, env.action_space
     continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
@@ -296,7 +296,7 @@ class RolloutBuffer:
 
 
 def evaluate(policy, obs_moments, args, stop_signals=()):
-    """Returns (N,) in the native reward, acting by one draw, no noise in its last step; no use after a stop signal."""
+    """Undiscounted native returns (N,), acting by one draw, no noise in its last step; no use after a stop signal."""
     folders = [f"{args.evaluate}/videos" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
     envs = gym.vector.SyncVectorEnv([lambda folder=folder: make_env(args, video_folder=folder) for folder in folders])
     generator = torch.Generator(args.device).manual_seed(args.seed + 10_000)
@@ -344,26 +344,26 @@ def load(path):
 
 
 if __name__ == "__main__":
-    # Arguments. --resume and --evaluate take those of the run; flags given now win, except some that cannot change.
-    args, script, saved = tyro.cli(Args, description=__doc__), Path(__file__).stem, None
+    # Arguments. --resume and --evaluate take those of the run; flags given now win where they may change.
+    args, script, saved = tyro.cli(Args, description=__doc__), Path(__file__).stem, {}
     run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
     if args.evaluate or args.resume:
         saved = load(run_dir / "checkpoint.pt")
-        if (maker := saved.get("script")) != script or args.resume and "rows" not in saved:
-            raise SystemExit(f"{run_dir} " + (f"was made by {maker}.py" if maker != script else "has no replay buffer"))
+        if saved.get("script") != script or saved["args"].keys() != vars(args).keys():
+            raise SystemExit(f"{run_dir} was made by {saved.get('script')}.py, not by {script}.py as it is now")
+        if args.resume and "rows" not in saved:
+            raise SystemExit(f"{run_dir} has no replay buffer")
         here = dict(resume="", evaluate="", compile=saved["args"]["compile"] and Args.compile)
         args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"] | here))
-        fixed = "env_id hidden_dim"
-        if args.resume:
-            fixed += " reward_landscape landscape_c num_envs seed rollout_steps diffusion_steps device critic_lr"
-            fixed += " policy_lr"
-        if changed := [name for name in fixed.split() if getattr(args, name) != saved["args"][name]]:
+        free = "total_timesteps eval_every eval_episodes eval_draws log_every checkpoint_every track wandb_project"
+        fixed = {"env_id", "hidden_dim"} if args.evaluate else vars(args).keys() - {*free.split(), "resume", "compile"}
+        if changed := [name for name in saved["args"] if name in fixed and getattr(args, name) != saved["args"][name]]:
             raise SystemExit(f"{run_dir} was made with other {', '.join(changed)}")
     args.check()
 
     # The machine.
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # as the paper's v4 environments are
     os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw") if args.capture_video else "disable")
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
@@ -389,7 +389,7 @@ if __name__ == "__main__":
     parts = dict(policy=policy, critic=critic, optimizer=optimizer)
     parts |= dict(obs_moments=obs_moments, return_moments=return_moments)
     global_step, num_updates, evaluations, start = 0, 0, [], time.time()
-    episode = np.full(args.num_envs, -1)  # which one runs in each environment
+    episode = np.array(saved["episode"]) - 1 if args.resume else np.full(args.num_envs, -1)  # number, per environment
     episode_actions = [[] for _ in range(args.num_envs)]  # its actions so far
     discounted_reward = np.zeros(args.num_envs)  # its sum of gamma^k r over the rewards of k steps ago
 
@@ -399,23 +399,20 @@ if __name__ == "__main__":
         seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
+    for name in parts.keys() & saved.keys():  # a published checkpoint has those that act
+        parts[name].load_state_dict(saved[name])
     if args.evaluate:
-        policy.load_state_dict(saved["policy"])
-        obs_moments.load_state_dict(saved["obs_moments"])
         returns = evaluate(policy, obs_moments, args)
         print(f"{args.env_id}: return {returns.mean():.1f} +- {returns.std():.1f}, {len(returns)} episodes")
         raise SystemExit
 
     # Rollout buffer. Everything as the checkpoint has it; the running episodes' actions lead back to where they were.
     buffer = RolloutBuffer(args.rollout_steps * args.num_envs, obs_dim, (policy.steps + 1) * action_dim, device)
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        generator.set_state(saved["generator"].clone())
-        global_step, num_updates, evaluations = saved["global_step"], saved["num_updates"], saved["evaluations"]
-        start, buffer.added, episode = start - saved["seconds"], saved["added"], np.array(saved["episode"]) - 1
     obs = reset(np.ones(args.num_envs, dtype=bool))
     if saved:
+        generator.set_state(saved["generator"].clone())
+        global_step, num_updates, evaluations = saved["global_step"], saved["num_updates"], saved["evaluations"]
+        start, buffer.added = start - saved["seconds"], saved["added"]
         buffer.rows[: len(saved["rows"])] = saved["rows"]
         discounted_reward = saved["discounted_reward"].numpy()
         for i, (env, actions) in enumerate(zip(envs.envs, saved["episode_actions"], strict=True)):
@@ -426,11 +423,13 @@ if __name__ == "__main__":
             warnings.warn("an episode does not replay exactly: this goes on, but not bit for bit", stacklevel=1)
 
     # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
-    sys.excepthook = lambda kind, error, traceback: (
+    def report(kind, error, traceback):
+        why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the OSError
+        if not isinstance(why, OSError) and "wandb" not in str(kind):
+            return sys.__excepthook__(kind, error, traceback)
         print(f"\nstopped: {why}; once that is mended, start again, or --resume {run_dir}", file=sys.stderr)
-        if isinstance(why := error.__context__, OSError) or isinstance(why := error, OSError) or "wandb" in str(kind)
-        else sys.__excepthook__(kind, error, traceback)
-    )
+
+    sys.excepthook = report
     threading.excepthook = lambda failure: None  # of TensorBoard's thread, whose errors add_scalar raises again
     run_dir.mkdir(parents=True, exist_ok=bool(saved))
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -555,6 +554,7 @@ if __name__ == "__main__":
             }
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
+    progress.close()
     if stop_signals:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         raise SystemExit(128 + stop_signals[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -55,11 +56,13 @@ def run_script(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run_in(run_script, tmp_path):
+def run_in(run_script, tmp_path, monkeypatch):
     """Like run_script in the directory `folder`, however the script ends.
 
     Returns the directory of its only run and what the process would exit with: None, a number, or a line to print.
     """
+    # TensorBoard reads files of one second in the order of their names, where 10 is before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
     def run(folder, script, *flags):
         try:

@@ -322,7 +322,7 @@ def test_resume_is_bit_for_bit_and_evaluate_agrees(run_in, tmp_path, capsys):
     assert code == 128 + signal.SIGTERM
     state = torch.load(stopped / "checkpoint.pt", weights_only=True)
     assert len(state["rows"]) == state["added"] == 85 and [len(x) for x in state["episode_actions"]] == [7] * 5
-    _, code = run_in("stopped", SCRIPT, "--resume", stopped, "--discount", 1.5)
+    _, code = run_in("stopped", SCRIPT, "--evaluate", stopped, "--discount", 1.5)
     assert code == "--discount must be from 0 to 1; got 1.5"
     _, code = run_in("stopped", SCRIPT, "--resume", stopped, "--policy-lr", 1)
     assert code.endswith("was made with other policy_lr")
@@ -337,7 +337,7 @@ def test_resume_is_bit_for_bit_and_evaluate_agrees(run_in, tmp_path, capsys):
     _, code = run_in("stopped", SCRIPT, "--evaluate", stopped)
     assert code is None and f"return {float(found['eval.csv'][-1]['mean']):.1f} +- " in capsys.readouterr().out
     _, code = run_in("stopped", "baselines/sdac", "--evaluate", stopped)
-    assert code.endswith("was made by dppo.py")
+    assert code == f"{stopped} was made by dppo.py, not by sdac.py as it is now"
 
 
 BAD = "--discount 1.5|--num-envs 0|--env-id Nowhere-v0|--diffusion-steps 0|--rollout-steps 0|--num-epochs 0|--min-std 0"
@@ -353,9 +353,7 @@ def test_bad_flags_get_one_line(run_script, flags):
 
 
 OFF_POLICY_LINES = """\
-fixed += " reward_landscape landscape_c num_envs seed buffer_size solver diffusion_steps device
 policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
-critic.load_state_dict(saved["critic"])
 returns = evaluate(policy, critic, args)
 for i, (env, length) in enumerate(zip(envs.envs, saved["lengths"], strict=True)):
 rows = torch.arange(-length, 0) * args.num_envs + buffer.added + i

@@ -121,12 +121,11 @@ def main_blocks(script):
     """The parts of the main that have nothing to do with the algorithm, and what comes before Args."""
     between = [
         ("# What a flag's value must be", "@dataclass"),
-        ("# Arguments. --resume", " critic_lr"),
-        ("if changed := [", "# The machine."),
+        ("# Arguments. --resume", "# The machine."),
         ("# The machine.", "# Environments, networks"),
         ("obs_dim, action_dim = envs", "critic = Critic"),
         ("def reset(which)", "# Replay buffer."),
-        ("global_step, num_updates, evaluations = saved", "if not np.array_equal(obs, saved"),
+        ("generator.set_state(saved", "if not np.array_equal(obs, saved"),
         ("# The run's directory and logs.", "state = {name"),
         ("# Evaluate, when due", "# Act with"),
         ("next_obs, reward, terminated, truncated, infos", "buffer.add("),

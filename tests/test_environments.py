@@ -90,14 +90,22 @@ def test_every_episode_has_its_own_seed(run_script, monkeypatch):
 @pytest.mark.parametrize(
     "env_id, follows", [("HalfCheetah-v4", True), ("dm_control/cheetah-run-v0", True), ("Reacher-v4", False)]
 )
-def test_videos_are_made_by_the_camera_that_follows(env_id, follows, tmp_path):
-    """Left alone, Gymnasium films HalfCheetah, and shimmy every task, by a camera that stays where it is."""
-    env = simpo_neg.make_env(simpo_neg.Args(env_id=env_id), video_folder=str(tmp_path)).unwrapped
+def test_videos_follow_in_real_time(env_id, follows, tmp_path):
+    """Left alone, Gymnasium films HalfCheetah, and shimmy every task, by a camera that stays, shimmy at 10 frames/s."""
+    env = simpo_neg.make_env(simpo_neg.Args(env_id=env_id), video_folder=str(tmp_path))
+    frames, env = env.get_wrapper_attr("frames_per_sec"), env.unwrapped
+    dt = env._env.control_timestep() if env_id.startswith("dm_control/") else env.dt
+    assert frames * dt == pytest.approx(1)
     if env_id.startswith("dm_control/"):
         camera, model = env.render_kwargs["camera_id"], env._env.physics.model
     else:
         camera, model = env.mujoco_renderer.camera_id, env.model
     assert (camera >= 0 and model.cam_mode[camera] == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM) == follows
+
+
+def test_the_version_that_an_id_leaves_open_is_said():
+    with pytest.warns(UserWarning, match="HalfCheetah-v5"):
+        simpo_neg.make_env(simpo_neg.Args(env_id="HalfCheetah"))
 
 
 def test_mujoco_warns_of_what_matters_and_writes_no_log(recwarn):

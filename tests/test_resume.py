@@ -169,7 +169,8 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     [
         *("--env-id Hopper-v4", "--buffer-size 300", "--seed 2", "--num-envs 4", "--hidden-dim 64"),
         *("--solver ddpm", "--diffusion-steps 6", "--critic-lr 1e-3", "--temperature 1", "--temperature-lr 1"),
-        *("--device cpu:0", "--landscape-c 1", "--reward-landscape exp"),
+        *("--device cpu:0", "--landscape-c 1", "--reward-landscape exp", "--power 2", "--epsilon 0.25"),
+        *("--num-particles 4", "--batch-size 3", "--policy-lr 1", "--policy-dtype bfloat16", "--steps-per-update 7"),
     ],
 )
 def test_resume_refuses_what_cannot_change(run_in, shared_run, changed):
@@ -180,13 +181,26 @@ def test_resume_refuses_what_cannot_change(run_in, shared_run, changed):
 
 def test_resume_refuses_other_scripts_and_bad_values(run_in, shared_run, tmp_path):
     for script in ("simpo_exp", "simpo_power"):
-        assert run_in("refused", script, "--resume", shared_run)[1] == f"{shared_run} was made by simpo_neg.py"
+        code = run_in("refused", script, "--resume", shared_run)[1]
+        assert code == f"{shared_run} was made by simpo_neg.py, not by {script}.py as it is now"
     torch.save({"weight": torch.zeros(1)}, tmp_path / "checkpoint.pt")
-    assert run_in("refused", "simpo_neg", "--evaluate", tmp_path)[1] == f"{tmp_path} was made by None.py"
-    code = run_in("refused", "simpo_neg", "--resume", shared_run, "--epsilon", "-1")[1]
-    assert "--epsilon must be at least 0" in code
-    code = run_in("refused", "simpo_neg", "--resume", shared_run, "--target-kl", "2.1")[1]
+    assert run_in("refused", "simpo_neg", "--evaluate", tmp_path)[1].startswith(f"{tmp_path} was made by None.py")
+    code = run_in("refused", "simpo_neg", "--resume", shared_run, "--eval-episodes", "0")[1]
+    assert code == "--eval-episodes must be at least 1; got 0"
+    code = run_in("refused", "simpo_neg", "--evaluate", shared_run, "--target-kl", "2.1")[1]
     assert "--target-kl must be above 0 and below log(num_particles) = 2.08" in code
+    code = run_in("refused", "simpo_neg", "--evaluate", shared_run, "--resume", shared_run)[1]
+    assert code == f"--resume must be left out with --evaluate; got {shared_run}"
+
+
+@pytest.mark.parametrize("change", [dict.popitem, lambda args: args.update(new_flag=1)])
+def test_a_checkpoint_of_another_version_is_refused(run_in, shared_run, tmp_path, change):
+    state = torch.load(shared_run / "checkpoint.pt", weights_only=True)
+    change(state["args"])
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate"):
+        code = run_in("refused", "simpo_neg", flag, tmp_path)[1]
+        assert code == f"{tmp_path} was made by simpo_neg.py, not by simpo_neg.py as it is now"
 
 
 @pytest.fixture
@@ -201,17 +215,17 @@ def shared_run(run_in, tmp_path):
 
 
 def test_resume_takes_new_flags(run_in, tmp_path):
-    """More steps, more episodes in an evaluation, a K whose log is above the run's target KL, not above the default."""
+    """More steps, more episodes in an evaluation."""
     sparse = ["--steps-per-update", "30", "--log-every", "5"]  # logs before the first update after a resume
     run_dir, _ = run_in("run", "simpo_neg", *FLAGS, "--total-timesteps", "180", *sparse)
-    flags = "--total-timesteps 270 --eval-episodes 7 --no-compile --epsilon 0.25 --num-particles 4".split()
+    flags = "--total-timesteps 270 --eval-episodes 7 --no-compile --log-every 10".split()
     assert run_in("run", "simpo_neg", "--resume", run_dir, *flags) == (run_dir, None)
     rows = list(csv.DictReader((run_dir / "eval.csv").open()))
     assert [float(row["step"]) for row in rows] == [90, 180, 270]
     assert [len(row["returns"].split()) for row in rows] == [5, 5, 7]
     assert float(rows[1]["seconds"]) < float(rows[2]["seconds"])  # the clock goes on
     args = read_checkpoint(tmp_path / "run")["args"]
-    assert args["epsilon"] == 0.25 and args["num_particles"] == 4 and args["buffer_size"] == 150
+    assert args["eval_episodes"] == 7 and args["log_every"] == 10 and args["buffer_size"] == 150
 
 
 def test_an_environment_that_does_not_replay_is_said(run_in, monkeypatch):
