@@ -214,7 +214,7 @@ class DiffusionPolicy(nn.Module):
 def reweight(q, temperature, power):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (5), (6), appendix E.
 
-    g(y) = max(y, 0)^power. q (..., K), temperature > 0, power > 0; returns weights (..., K) and nu (..., 1) in q's
+    g(y) = max(y, 0)^power. Finite q (..., K), temperature, power > 0; returns weights (..., K) and nu (..., 1) in q's
     dtype. No gradient flows through it.
     """
     K = q.shape[-1]
@@ -392,7 +392,7 @@ if __name__ == "__main__":
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
 
-    # Environments, networks, temperature, optimisers.
+    # Environments, networks, temperature (1 until weights set it), optimisers (one for policy and log lambda).
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed + 20_000)  # the networks: with the seed alone they would be the first random actions
