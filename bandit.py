@@ -526,19 +526,22 @@ def figure_2(args):
 
 
 def figure_3(args):
-    """Broad optima (top) and sharp ones (bottom) from a Gaussian between them."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    """Broad optima (top) and sharp ones (bottom) from a Gaussian between them; regret, and that minus Square's."""
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
     curves, summary = [], []
-    for (left, right), (name, base) in zip(axes, (("broad", BROAD), ("sharp", SHARP)), strict=True):
+    for (left, middle, right), (name, base) in zip(axes, (("broad", BROAD), ("sharp", SHARP)), strict=True):
         trials = trials_for(base, METHODS[:3], args)
         regret, _ = train(trials, args, f"figure 3, {name}")
         curves += regret_rows(name, trials, regret)
         summary += summarise(name, trials, regret)
         plot_reward(left, base, f"{name} optima")
         for m, method in enumerate(METHODS[:3]):
-            plot_regret(right, method, regret[m])
-        right.set(yscale="log", ylim=(1e-4, 1))
-        right.legend(fontsize=8)
+            plot_regret(middle, method, regret[m])
+            plot_regret(right, method, regret[m] - regret[2], trial_lines=False)
+        middle.set(yscale="log", ylim=(1e-4, 1), title="mean, and every trial")
+        middle.legend(fontsize=8)
+        right.set_yscale("symlog", linthresh=1e-3)  # linear within
+        right.set(ylim=(-0.3, 0.3), title="minus Square's (linear within 0.001)", ylabel="simple regret minus Square's")
     save(args, "figure3", figure, curves)
     return summary
 
