@@ -36,7 +36,7 @@ NAMES = PAPER | {  # in a picture's legend
     "simpo_all solver=ddpm policy-lr-end=3e-4 temperature=0.125 temperature-lr=3e-4": "Lin. Neg., all of these",
     "gempo_jax predict=velocity init=pytorch particles=clipped": "authors' JAX, three changes",
     **{"qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO", "sdac num-particles=64 temperature=0.2": "SDAC"},
-    **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1"},
+    **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1", "dppo rollout-steps=200 batch-size=1000": "DPPO"},
 }
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 TASK = "action-repeat=", "reward-landscape="  # flags that make another task
