@@ -35,7 +35,7 @@ if __name__ == "__main__":
     for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
         name = None if method in labelled else f"{small_frame.NAMES[method]}, 64 units, batches of 64, each seed"
         labelled.add(method)
-        color = {"simpo_power": "C1", "simpo_neg": "black"}.get(method, "C5")
+        color = {"simpo_power": "C1", "simpo_neg": "black"}.get(method, "C9")
         style = dict(color=color, linewidth=1, label=name)
         axes.plot(*zip(*sorted(curve.items()), strict=True), **style)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper's second version, by a web listing")

@@ -113,14 +113,16 @@ def draw(curves, minutes, path):
     """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
     t-intervals from three seeds on, all along or, in a row of more than five methods, at the end and set apart. A row
-    that compares nothing is left out. The legend has the number of seeds, task by task.
+    that compares nothing is left out; up to five methods share one. The legend has the number of seeds, task by task.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
-    colors = "C0 C1 C2 black C4 C3 C5 C6 C7 C8 C9 navy gold magenta tan teal lime".split()
+    colors = "C0 C1 C2 black C4 C3 C9 C6 C7 C8 C5 navy gold magenta tan teal lime".split()
     color = dict(zip([*PAPER, *known], itertools.cycle(colors), strict=False))
     others = ["simpo_neg", *known]
     timed = [method for method in others if minutes(method, 0) is not None]
     rows = [(list(PAPER), False), (others, False), (timed, True)]
+    if len({method for methods in curves.values() for method in methods}) <= 5:
+        rows[:2] = [([*PAPER, *known], False)]
     rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
     rows = rows or [([*PAPER, *known], False)]  # one method alone
     figure = Figure(figsize=(2 + max(7, 4 * len(curves)), 3.5 * len(rows)), layout="constrained")
@@ -148,7 +150,7 @@ def draw(curves, minutes, path):
         names = [f"{name_of(method)} ({count})" for method, count in zip(methods, counts, strict=True)]
         lines = [Line2D([], [], color=color[method]) for method in methods]
         row[-1].legend(lines, names, fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supylabel("return, 95% interval (shaded or at the end)")
+    figure.supylabel("return, 95% interval")
     figure.savefig(path, dpi=100)
 
 
