@@ -221,7 +221,7 @@ def sample(denoiser, count, length, steps, generator, dtype="float32", batch=64)
 def reweight(q, temperature, power, epsilon):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
 
-    g(y) = y^power for y > 0 and max(y, -epsilon) below. q (..., K), temperature > 0, power > 0, epsilon >= 0;
+    g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), temperature, power > 0, epsilon >= 0;
     returns weights (..., K) and nu (..., 1) in q's dtype. No gradient flows through it.
     """
     K = q.shape[-1]
