@@ -343,7 +343,7 @@ if __name__ == "__main__":
         saved = load(run_dir / "checkpoint.pt")
         if saved.get("script") != script or saved["args"].keys() != vars(args).keys():
             raise SystemExit(f"{run_dir} was made by {saved.get('script')}.py, not by {script}.py as it is now")
-        if args.resume and "rows" not in saved:
+        if not args.evaluate and "rows" not in saved:
             raise SystemExit(f"{run_dir} has no replay buffer")
         here = dict(resume="", evaluate="", compile=saved["args"]["compile"] and Args.compile)
         args = tyro.cli(Args, description=__doc__, default=Args(**saved["args"] | here))
