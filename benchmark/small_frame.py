@@ -48,6 +48,7 @@ class Args:
     csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
     last: int = 1  # a run's return is the mean of so many evaluations, its last ones
     cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
+    minutes: float = 0.0  # computing time to compare returns at; 0: what the method that is done first takes
     learning_starts: int = 5_000  # environment steps before the first update; then there is one for each
     runs: Path | None = None  # a sweep's --out: its finished runs are added to --csv, in place of equal ones
 
@@ -158,6 +159,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.last < 1:
         raise SystemExit(f"--last {args.last}: it must be 1 or more")
+    if args.minutes < 0:
+        raise SystemExit(f"--minutes {args.minutes}: it must be 0 or more")
     if args.runs:
         add(args.runs, args.csv)
     runs = read(args.csv)
@@ -190,9 +193,10 @@ if __name__ == "__main__":
             print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
         differences(last[env_id])
 
-        # Returns at equal computing time: what the method that is done first takes for all its steps.
+        # Returns at equal computing time; a method that is done before has its last return.
         known = [method for method in methods if method in costs]
-        budget = min((minutes(method, max(x)) for method in known for x in methods[method].values()), default=0)
+        ends = [minutes(method, max(x)) for method in known for x in methods[method].values()]
+        budget = args.minutes or min(ends, default=0)
         within = {}  # method -> seed -> return
         for method in known:
             step = args.learning_starts + 60_000 * budget / costs[method]

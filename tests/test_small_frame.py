@@ -51,6 +51,11 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
         assert list(csv.reader(file))[1] == ["simpo_neg", "Pendulum-v1", "1", "100", "1.0"]
     result = small_frame(tmp_path, "Pendulum-v1", "--last=2")
     assert "simpo_neg: 4, 6; 5 [-8, 18]" in result.stdout.splitlines()  # the means of both evaluations
+    lines = small_frame(tmp_path, "Pendulum-v1", "--minutes=3").stdout.splitlines()
+    assert "simpo_neg, 600.0 ms per update, within 3.0 minutes: 8 [-5, 21]" in lines  # done after 2
+    assert "simpo_neg power=2, 1200.0 ms per update, within 3.0 minutes: 5 [-1, 12]" in lines  # 5.75 and 4.75
+    result = small_frame(tmp_path, "Pendulum-v1", "--minutes=-1")
+    assert result.returncode == 1 and result.stderr == "--minutes -1.0: it must be 0 or more\n"
     result = small_frame(tmp_path, "Pendulum-v1", "--last=0")
     assert result.returncode == 1 and result.stderr == "--last 0: it must be 1 or more\n"
 
