@@ -11,9 +11,9 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
     policy    every 2nd update: mean of -min_i m_i(s, a), through all steps; then the target critics follow
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
-Departures from the authors' code (happy-yan/DACER): one Gaussian for a mixture of 3, which takes separate modes for one
-wide one; alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on HalfCheetah and Humanoid;
-else 0.1, 30,000); this frame's velocities, solver, rates, updates per step (noises, 20 steps, 1e-4, 1/20).
+Departures from the authors' code (happy-yan/DACER): H of one Gaussian, which takes separate modes for a wide one (of a
+mixture of 3); alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on HalfCheetah and
+Humanoid; else 0.1, 30,000); this frame's velocities, solver, rates, updates per step (noises, 20 steps, 1e-4, 1/20).
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """

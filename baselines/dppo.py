@@ -11,9 +11,9 @@ environment step's, A, by V(s) and GAE. After every 1,000 steps of each environm
     critic    mean of (V(s) - R)^2, R = A + V_old(s), rewards over the deviation of their discounted sums, within +-10
     epochs    10 over shuffled pairs of environment step and denoising step; they end where mean(r - 1 - log r) > 1
 
-Departures from the authors' code (irom-princeton/dppo, cfg/gym/scratch): running moments of observations (the range of
-a data set); time limits bootstrap (terminal); 200 iterations, 5 environments (450, 10); 20 steps of this frame's
-schedule, its velocities and networks (10, noises, residual, 512 ReLU); V's loss without a factor, which Adam undoes.
+Departures from the authors' code (irom-princeton/dppo, cfg/gym/scratch): running moments of observations and the bounds
+of actions (ranges of a data set); time limits bootstrap (terminal); 200 iterations, 5 environments (450, 10); 20 steps
+of this frame's schedule, its velocities, networks (10, noises, residual, 512 ReLU); V's loss without a factor: Adam.
 
     python baselines/dppo.py --env-id HalfCheetah-v4
 """

@@ -13,8 +13,10 @@ Public codes differ. The authors' (Alescontrela/score_matching_rl) is --q-scale 
 normalisation with the authors' online critics and clipped noise, in the target, too. Not here: relax's score network
 without t, and MaxEntDP's version, which takes the smaller target critic.
 Departures from the authors' code: x_t is not clipped in the sampler, whose predicted a_0 is; 20 steps of the cosine
-schedule for 5 of a variance-preserving one; 3 x 256 Mish for 2 x 512; the best of 10 draws in evaluation for one; a
-velocity network instead of one of noise, whose eps_theta can learn little near t = 1, where alpha_t is 0.
+schedule for 5 of a variance-preserving one; 3 x 256 Mish for 2 x 512; the best of 10 draws in evaluation for one; one
+update in 5 steps for one in each, 5,000 random steps for 10,000, a learning rate that falls linearly (as a cosine); a
+velocity network instead of one of noise, whose eps_theta can learn little near t = 1, where alpha_t is 0. The first
+step of a draw starts from that, with the factor 0.08 in ddpm's 20 steps, but 0.36 in dpm's 8.
 Matching grad Q at a noisy action is not the score of the diffused exp(Q): the policy does not sample exp(Q / lambda).
 
     python baselines/qsm.py --env-id HalfCheetah-v4

@@ -9,13 +9,13 @@ at s, V = mean_j Q(s, a_j), a* the best of them, e_1..e_M uniform and c falling 
     policy    mean of w(s, a*) |v - v_theta|^2 at a* and c w(s, a*) |v - v_theta|^2 at e_1..e_M
     acting    the best of 4 draws by Q
 
-With --kept-draws 64 --uniform-actions 0 the policy fits all K draws: at each state the Linear SiMPO whose nu is V and
-whose lambda is the mean of the positive advantages, without frozen policy and particle noise.
+With --kept-draws 64 --uniform-actions 0 the policy fits all K draws: at each state with lambda times the weights of the
+Linear SiMPO whose nu is V and whose lambda is the mean of max(Q - V, 0), without frozen policy and particle noise.
 
 Departures from the authors' code (wadx2019/qvpo): velocities instead of noises in the loss, which changes only the
-weight between times; this frame's solver, learning rates, 5,000 random steps (10,000), bootstrapping at time limits;
-one batch for policy and critics, whose loss is the twins' mean (sum); cut gives 0 where they give 1; all kept draws
-share the e_m of the best. --action-draws 4 is their code's; flow-rl has 1 for Hopper, 4 for HalfCheetah, else 2.
+weight between times; this frame's solver, initialisation, learning rates, updates per step (1), 5,000 random steps
+(10,000), bootstrapping at time limits; one batch for policy and critics, whose loss is the twins' mean (sum); cut gives
+0 where they give 1; all kept draws share the e_m of the best. --action-draws 4 is theirs (flow-rl acts with 1).
 
     python baselines/qvpo.py --env-id HalfCheetah-v4
 """
@@ -71,8 +71,8 @@ class Args:
     num_particles: Count = 64  # K: actions drawn from the policy per state
     kept_draws: Count = 1  # the best ones of the K that the policy fits, each with its own weight
     uniform_actions: Natural = 10  # M: uniform actions per state that the policy fits, too, to keep exploring
-    entropy_weight: NonNegative = 0.02  # c at the start, relative to the best draw's weight; falls linearly; 0: none
-    entropy_weight_end: NonNegative = 0.002  # c at the end
+    entropy_weight: NonNegative = 0.02  # c at the start, relative to the best draw's weight, falling to 0; 0: none
+    entropy_weight_end: NonNegative = 0.002  # the least c
     action_draws: Count = 4  # actions drawn per step in training and for Bellman targets; the best is taken
     max_grad_norm: Positive = 2.0  # limit of the norm of the policy's and of the critics' gradient
 
@@ -108,7 +108,7 @@ class Args:
     def check(self):
         """SystemExit with one line for the first argument that makes no sense."""
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
-        rules["kept_draws"] = f"at most num_particles = {self.num_particles}", lambda n: 1 <= n <= self.num_particles
+        rules["kept_draws"] = f"from 1 to num_particles = {self.num_particles}", lambda n: 1 <= n <= self.num_particles
         rules["capture_video"] = "used with --evaluate", lambda video: self.evaluate or not video
         rules["resume"] = "left out with --evaluate", lambda run: not (run and self.evaluate)
         if self.solver == "dpm":

@@ -14,12 +14,13 @@ smaller of the twins:
 
 Its optimum samples exp(Q / lambda), whatever actions are in the buffer, as K grows.
 Public codes disagree: this is flow-rl's version, with its K = 500 and lambda = 0.05; it is nearly MaxEntDP's, whose
-targets have an entropy term and whose lambda is 0.01 to 0.2 by task. Departures from flow-rl: this frame's solver,
-times, learning rates and networks; weights from the critics after their step. From the authors' code (relax), too: a_t
+targets have an entropy term and whose lambda is 0.01 to 0.2 by task. Departures from flow-rl: velocities instead of
+noises, which changes only the weight between times; this frame's solver, times, learning rates, networks and updates
+per step (1); weights from the critics after their step. From the authors' code (relax), too: 5,000 random steps; a_t
 from the buffer instead of a fresh draw; truncated normals instead of clipped ones whose noise was left as it was; K of
 500, not 64; a fixed lambda, not one that falls from 5 to 1 in our units; one draw in acting and targets instead of the
 best of 32 and noise, 10 for 32 in evaluation; no averaged policy, no delay of policy and target critics, no reward
-scale of 0.2; velocities instead of noises, which changes only the weight between times.
+scale of 0.2.
 
     python baselines/sdac.py --env-id HalfCheetah-v4
 """

@@ -91,6 +91,16 @@ def test_entropy_of_a_known_gaussian(A):
     assert dacer.gaussian_entropy(actions).item() == pytest.approx(exact - A * (A + 3) / 800, abs=0.04)
 
 
+def test_a_dimension_without_spread_counts_as_a_deviation_of_1e_3():
+    """Its entropy alone would be minus infinity, and alpha's next value not a number."""
+    torch.manual_seed(0)
+    actions = torch.randn(64, 200, 2)
+    actions[..., 1] = 1.0  # saturated
+    alone = dacer.gaussian_entropy(actions[..., :1]).item()
+    saturated = math.log(2 * math.pi * math.e * 1e-6) / 2
+    assert dacer.gaussian_entropy(actions).item() == pytest.approx(alone + saturated, abs=1e-4)
+
+
 @pytest.mark.parametrize("target, direction", [(5.0, 1), (-5.0, -1)])
 def test_alpha_rises_below_the_target_entropy_and_falls_above(run_script, target, direction):
     flags = ["--alpha-interval", 1, "--target-entropy", target, "--alpha", 2]
@@ -150,6 +160,7 @@ def test_two_updates_by_hand(run_script, monkeypatch):
     critic.b.copy_(b)
     hand.compare("policy", "critic", "critic_target")
     assert hand.result["log_alpha"].item() == pytest.approx(log_alpha.item(), abs=1e-4)
+    assert hand.logged.Scalars("policy/entropy")[-1].value == pytest.approx(entropy, abs=3e-3)  # of noisy actions
 
 
 def test_learns_the_point_mass(run_script):
