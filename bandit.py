@@ -536,9 +536,9 @@ def figure_3(args):
         summary += summarise(name, trials, regret)
         plot_reward(left, base, f"{name} optima")
         for m, method in enumerate(METHODS[:3]):
-            plot_regret(middle, method, regret[m])
+            plot_regret(middle, method, regret[m], trial_lines=base is SHARP)  # on broad ones all look the same
             plot_regret(right, method, regret[m] - regret[2], trial_lines=False)
-        middle.set(yscale="log", ylim=(1e-4, 1), title="mean, and every trial")
+        middle.set(yscale="log", ylim=(1e-4, 1), title="mean" + ", and every trial" * (base is SHARP))
         middle.legend(fontsize=8)
         right.set_yscale("symlog", linthresh=1e-3)  # linear within
         right.set(ylim=(-0.3, 0.3), title="minus Square's (linear within 0.001)", ylabel="simple regret minus Square's")

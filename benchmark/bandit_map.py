@@ -1,7 +1,7 @@
 """Where the claims of Figures 2 and 3 hold: python benchmark/bandit_map.py [bandit.py's flags]
 
-escape_map: share of trials that end better than the local optimum, where they start (Figure 2), over distance of the
-optima and epsilon, and over one other setting at a time. sweeps: regret on broad and sharp optima as in Figure 3, over
+escape_map: share of trials that stay at the local optimum, where they start (Figure 2), over distance of the optima and
+epsilon, and over one other setting at a time. sweeps: regret on broad and sharp optima as in Figure 3, over
 width, height and target KL. The paper has neither. PNG and CSV files go to --save-dir, by default runs/bandit_map.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 import bandit
-from bandit import BROAD, COLOURS, ESCAPE, METHODS, SHARP, summarise, train, trials_for
+from bandit import BROAD, COLOURS, ESCAPE, METHODS, SHARP, share_interval, summarise, train, trials_for
 
 DISTANCES, EPSILONS = (1.2, 1.6, 2.0, 2.4, 2.8), (0.1, 0.2, 0.3, 0.5, 1.0)
 COLUMNS = [(method, 0.0) for method in METHODS[:3]] + [("Lin. Neg.", epsilon) for epsilon in EPSILONS]
@@ -46,7 +46,7 @@ class Args(bandit.Args):
 
 
 def plot_sweeps(axes, name, base, sweeps, methods, quantity, args):
-    """One panel per swept field of Trial or Args, quantity ("mean" regret or "share") with its interval: summaries."""
+    """One panel per swept field of Trial or Args: "mean" regret or share "trapped", with its interval; summaries."""
     rows = []
     for ax, (field, values) in zip(axes, sweeps.items(), strict=False):
         of_trial = hasattr(base, field)
@@ -57,7 +57,10 @@ def plot_sweeps(axes, name, base, sweeps, methods, quantity, args):
             rows += summarise(setting, trials, train(trials, changed, setting)[0])
         for m, method in enumerate(methods):
             mine = [r for r in rows if r["method"] == method and r["setting"].startswith(f"{name}{field} =")]
-            y, low, high = (np.array([r[quantity + end] for r in mine]) for end in ("", "_low", "_high"))
+            if quantity == "trapped":
+                y, low, high = np.transpose([share_interval(np.arange(r["trials"]) < r["trapped"]) for r in mine])
+            else:
+                y, low, high = (np.array([r[quantity + end] for r in mine]) for end in ("", "_low", "_high"))
             x = np.array(values) * (1 + 0.01 * (m - 1))  # side by side
             style = dict(color=COLOURS[method], marker="o", markersize=4, linewidth=1.2, capsize=2)
             ax.errorbar(x, y, np.maximum([y - low, high - y], 0), label=method, **style)
@@ -73,18 +76,19 @@ def escape_map(args):
         summary += summarise(f"distance = {distance:g}", trials, train(trials, args, f"distance = {distance:g}")[0])
     figure, axes = plt.subplot_mosaic("mmabc;mmdef", figsize=(17, 7), layout="constrained")
     ax = axes.pop("m")
-    share = np.array([row["share"] for row in summary]).reshape(len(DISTANCES), len(COLUMNS))
-    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
-    for i, j in np.ndindex(share.shape):
-        colour = "white" if share[i, j] < 0.5 else "black"
-        ax.text(j, i, f"{share[i, j]:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    trapped, better = np.reshape([(r["trapped"], r["reached"]) for r in summary], (len(DISTANCES), len(COLUMNS), 2)).T
+    image = ax.imshow(trapped.T / args.seeds, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for j, i in np.ndindex(trapped.shape):
+        colour = "white" if trapped[j, i] < args.seeds / 2 else "black"
+        ax.text(j, i, f"{trapped[j, i]}, {better[j, i]}", ha="center", va="center", color=colour, fontsize=9)
     ax.set_xticks(range(len(COLUMNS)), [f"{epsilon:g}" if epsilon else method for method, epsilon in COLUMNS])
     ax.set_yticks(range(len(DISTANCES)), DISTANCES)
     ax.set(xlabel=r"method; numbers: Lin. Neg. with this $\epsilon$", ylabel=LABELS["distance"])
-    figure.colorbar(image, ax=ax, label="share of trials that beat the local optimum")
-    summary += plot_sweeps(axes.values(), "", ESCAPE, OTHERS, METHODS, "share", args)
+    ax.set_title(f"trials trapped at the local optimum, trials that end better, of {args.seeds}")
+    figure.colorbar(image, ax=ax, label="share trapped")
+    summary += plot_sweeps(axes.values(), "", ESCAPE, OTHERS, METHODS, "trapped", args)
     for ax in axes.values():
-        ax.set(ylabel="share that beat the local one", ylim=(-0.05, 1.05))
+        ax.set(ylabel="share trapped", ylim=(-0.05, 1.05))
     axes["e"].set_xscale("log")
     axes["a"].legend(fontsize=8)
     bandit.save(args, "escape_map", figure, summary)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from small_frame import PAPER
+from small_frame import COLORS, PAPER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PANELS = {  # scalars of a run, and what they are
@@ -62,7 +62,7 @@ if __name__ == "__main__":
         for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in rows):
             own = [row for row in rows if (row["method"], row["seed"], row["scalar"]) == (method, seed, name)]
             steps, means = zip(*((int(row["step"]), float(row["mean"])) for row in own), strict=True)
-            style = dict(color=f"C{list(PAPER).index(method)}", linestyle=["-", "--", ":"][int(seed) % 3])
+            style = dict(color=COLORS[method], linestyle=["-", "--", ":"][int(seed) % 3])
             axes.plot(steps, means, **style, label=f"{PAPER[method]}, seed {seed}")
         axes.set_title(title, fontsize="medium")
     figure.axes[0].legend(fontsize="small", frameon=False)

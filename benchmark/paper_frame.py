@@ -28,15 +28,14 @@ if __name__ == "__main__":
     with (HERE / "paper_frame.csv").open() as file:
         rows = list(csv.DictReader(file))
     step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
-    sizes = "the paper's sizes (256 units, batches of 256, K = 32; grey: deviation of 20 episodes)"
-    axes.plot(step, mean, color="black", linewidth=2.5, label=f"Lin. Neg., {sizes}")
-    axes.fill_between(step, mean - std, mean + std, color="black", alpha=0.2, linewidth=0)
+    sizes = "the paper's sizes (256 units, batches of 256, K = 32; shaded: deviation of 20 episodes)"
+    axes.plot(step, mean, color=small_frame.COLORS["simpo_neg"], linewidth=2.5, label=f"Lin. Neg., {sizes}")
+    axes.fill_between(step, mean - std, mean + std, color=small_frame.COLORS["simpo_neg"], alpha=0.2, linewidth=0)
     labelled = set()
     for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
         name = None if method in labelled else f"{small_frame.NAMES[method]}, 64 units, batches of 64, each seed"
         labelled.add(method)
-        color = {"simpo_power": "C1", "simpo_neg": "black"}.get(method, "C9")
-        style = dict(color=color, linewidth=1, label=name)
+        style = dict(color=small_frame.COLORS[method], linewidth=1, label=name)
         axes.plot(*zip(*sorted(curve.items()), strict=True), **style)
     axes.axhline(PAPER, color="black", linestyle=":", label="the paper's second version, by a web listing")
     axes.set(xlim=(0, 1e6), xlabel="environment steps", ylabel="return", title="HalfCheetah-v4")

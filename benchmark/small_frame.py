@@ -29,7 +29,8 @@ PAPER = {  # its names of the weightings
 }
 NAMES = PAPER | {  # in a picture's legend
     **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "gempo_jax": "authors' JAX"},
-    **{"simpo_noise": "Lin. Neg., noise loss", "simpo_noise_but_1": "Lin. Neg., noise loss but at t = 1"},
+    "simpo_noise": "Lin. Neg., errors times alpha_t^2",
+    "simpo_noise_but_1": "Lin. Neg., the same, but times 1 at t = 1",
     **{"simpo_orthogonal": "Lin. Neg., orthogonal", "simpo_unclipped": "Lin. Neg., particles not clipped"},
     "simpo_neg temperature=0.125 temperature-lr=3e-4": "Lin. Neg., lambda as theirs",
     "gempo_jax predict=velocity": "authors' JAX, velocity",
@@ -37,6 +38,10 @@ NAMES = PAPER | {  # in a picture's legend
     "gempo_jax predict=velocity init=pytorch particles=clipped": "authors' JAX, three changes",
     **{"qsm": "QSM", "qvpo": "QVPO", "dipo": "DIPO", "sdac num-particles=64 temperature=0.2": "SDAC"},
     **{"dacer": "DACER", "dacer policy-delay=1": "DACER, delay 1", "dppo rollout-steps=200 batch-size=1000": "DPPO"},
+}
+COLORS = {  # Okabe and Ito's, as in bandit.py
+    **dict(zip(PAPER, ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True)),
+    **{"classic algo=sac": "black", "classic algo=random": "grey", "gempo_jax": "navy"},
 }
 OURS = {"policy-dtype=float32", "num-particles=8", "target-kl=0.7", "none"}  # flags that say nothing new here
 TASK = "action-repeat=", "reward-landscape="  # flags that make another task
@@ -113,22 +118,23 @@ def differences(returns):
 def draw(curves, minutes, path):
     """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
-    t-intervals from three seeds on, all along or, in a row of more than five methods, at the end and set apart. A row
-    that compares nothing is left out; up to five methods share one. The legend has the number of seeds, task by task.
+    t-intervals from three seeds on, all along or, in a row of more than three methods, at the end, beside the line. A
+    row that compares nothing is left out; up to five methods share one. The legend has the number of seeds, by task.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
-    colors = "C0 C1 C2 black C4 C3 C9 C6 C7 C8 C5 navy gold magenta tan teal lime".split()
-    color = dict(zip([*PAPER, *known], itertools.cycle(colors), strict=False))
+    colors = itertools.cycle("C9 C4 C8 C5 gold magenta limegreen tan teal".split())
+    color = COLORS | dict(zip((method for method in known if method not in COLORS), colors, strict=False))
     others = ["simpo_neg", *known]
     timed = [method for method in others if minutes(method, 0) is not None]
-    rows = [(list(PAPER), False), (others, False), (timed, True)]
+    rows = [("weightings", list(PAPER), False), ("Lin. Neg. beside others", others, False)]
+    rows += [("the same by computing\ntime, where measured", timed, True)]
     if len({method for methods in curves.values() for method in methods}) <= 5:
-        rows[:2] = [([*PAPER, *known], False)]
-    rows = [row for row in rows if any(len(methods.keys() & row[0]) > 1 for methods in curves.values())]
-    rows = rows or [([*PAPER, *known], False)]  # one method alone
+        rows[:2] = [("", [*PAPER, *known], False)]
+    rows = [row for row in rows if any(len(methods.keys() & row[1]) > 1 for methods in curves.values())]
+    rows = rows or [("", [*PAPER, *known], False)]  # one method alone
     figure = Figure(figsize=(2 + max(7, 4 * len(curves)), 3.5 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
-    for row, (methods, by_minutes) in zip(panels, rows, strict=True):
+    for row, (title, methods, by_minutes) in zip(panels, rows, strict=True):
         methods = [method for method in methods if any(method in curves_of for curves_of in curves.values())]
         for panel, (env_id, curves_of) in zip(row, curves.items(), strict=True):
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
@@ -141,16 +147,20 @@ def draw(curves, minutes, path):
                 panel.plot(x, returns.mean(0), color=color[method])
                 if len(seeds) > 2:
                     low, high = ttest_1samp(returns, 0).confidence_interval(0.95)
-                    if len(methods) <= 5:
+                    if len(methods) <= 3:
                         panel.fill_between(x, low, high, color=color[method], alpha=0.12, linewidth=0)
                     else:
                         end = x[-1] + (0 if by_minutes else (1 + i) * 0.02 * np.ptp(x))
                         mean = returns.mean(0)[-1]
                         panel.errorbar(end, mean, high[-1] - mean, color=color[method], marker=".")
+            if not by_minutes:
+                panel.axvline(x[-1], color="grey", linewidth=0.5)
+                panel.set_xticks(np.linspace(0, x[-1], 6))
         counts = [", ".join(str(len(curves_of.get(method, ""))) for curves_of in curves.values()) for method in methods]
         names = [f"{name_of(method)} ({count})" for method, count in zip(methods, counts, strict=True)]
         lines = [Line2D([], [], color=color[method]) for method in methods]
-        row[-1].legend(lines, names, fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        place = dict(loc="upper left", bbox_to_anchor=(1, 1), alignment="left")
+        row[-1].legend(lines, names, title=f"{title} (seeds)".strip(), fontsize="small", frameon=False, **place)
     figure.supylabel("return, 95% interval")
     figure.savefig(path, dpi=100)
 
