@@ -118,7 +118,10 @@ class Args:
         """Raises SystemExit with one line for the first argument that makes no sense."""
         rules = {field.name: field.type.__metadata__ for field in fields(self) if hasattr(field.type, "__metadata__")}
         log_k = math.log(max(self.num_particles, 2))
-        rules["target_kl"] = f"above 0 and below log(num_particles) = {log_k:.2f}", lambda kl: 0 < kl < log_k
+        if self.temperature_rule == "authors":
+            rules["temperature"] = "0 with --temperature-rule authors", lambda temperature: temperature == 0
+        elif not self.temperature:
+            rules["target_kl"] = f"above 0 and below log(num_particles) = {log_k:.2f}", lambda kl: 0 < kl < log_k
         rules["split_column"] = "empty without --data", lambda column: self.data or not column
         for name, (rule, holds) in rules.items():
             if not holds(getattr(self, name)):

@@ -145,7 +145,7 @@ def draw(denoiser, oracle, count, length, steps, generator, gamma=None, alpha=No
             slope = torch.zeros_like(hot)
             if gamma is not None and left:
                 (gradient,) = torch.autograd.grad(oracle(f).sum(), hot)
-                slope = gamma * gradient  # what all five states share, as r(x) itself, is lost in the softmax
+                slope = gamma * gradient  # - g_MASK, the same for all five states, is lost in the softmax
         if alpha is not None:
             reward = oracle(f.argmax(-1))  # r(x0^(x_t)), (B,)
             if left < steps:
@@ -162,8 +162,8 @@ def draw(denoiser, oracle, count, length, steps, generator, gamma=None, alpha=No
         check_finite(f"{left} steps before the end, gamma = {gamma}", law=log_guided.exp())
         gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
         x_s = (log_guided + gumbel).argmax(-1)
-        log_q_s, log_guided_s = (law.gather(-1, x_s[..., None])[..., 0] for law in (log_q, log_guided))
-        log_ratio = ((log_q_s - log_guided_s) * (x == MASK)).sum(-1)
+        ratio = (log_q - log_guided).gather(-1, x_s[..., None])[..., 0]  # nan for MASK in the last step, never drawn
+        log_ratio = (ratio * (x == MASK)).sum(-1)
         x = torch.where(x == MASK, x_s, x)
 
 

@@ -15,10 +15,10 @@ The oracle r sees the argmax of x_0, its gradient passes straight through to x_0
     minimise -E[r(x_0)] + kl_weight E[path KL],
     path KL = sum over steps of (t - s) / t sum over positions of x_t[MASK] KL(p_theta(. | x_t) || p_pre(. | x_t))
 
-SiMPO calls kl_weight 0 DRAKES and all else DRAKES-KL. Departures from the release: the KL counts hard masks, too, there
-only what is masked in soft ones, and has (t - s) / t, there 1 / t and a weight of soft letters, so that kl_weight is on
-another scale; p_theta stays the network's where a soft argmax is a letter; the defaults are for a CPU. The release has
-4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
+SiMPO calls kl_weight 0 DRAKES and all else DRAKES-KL. Departures from the release: the KL has the weight x_t[MASK]
+(t - s) / t, there letter v's term has (1 - x_t[MASK]) x_t[v] / t, only where MASK still is the largest share of a soft
+place, so that kl_weight is on another scale; p_theta stays the network's where a soft argmax is a letter; the defaults
+are for a CPU. The release has 4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
 """
 
 import copy

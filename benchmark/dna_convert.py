@@ -4,8 +4,8 @@
     python benchmark/dna_convert.py oracle reward_oracle_ft.ckpt reward_oracle.pt --data gosai_all.csv --column hepg2
     python benchmark/dna_convert.py judge runs/RUN reward_oracle_eval.ckpt
 
-denoiser: a Lightning checkpoint, or a plain state dict, of Wang et al. (2024), with the averaged weights where it has
-them. Tensor by tensor; what the network computes is the same.
+denoiser: a Lightning checkpoint, or a plain state dict, of Wang et al. (2024), tensor by tensor; what the network
+computes is the same. With the weights that their release tunes and evaluates; --averaged: the averages that it keeps.
 oracle: a gReLU checkpoint (pip install gReLU) is an Enformer of another size, so our Oracle learns its outputs on the
 table's sequences and on mutated copies. It prints how well on sequences that it has not seen.
 judge: the gReLU oracle itself on the sequences that a run has drawn: judged.csv in the run's directory.
@@ -49,11 +49,11 @@ def read(path):
         raise SystemExit(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
 
 
-def published_denoiser(content):
+def published_denoiser(content, averaged):
     """The state of our Denoiser from that of the DRAKES release: 5 letters in and out, time embedding at time 0."""
     tensors = content.get("state_dict", content).items()
     state = {name.removeprefix("backbone."): value for name, value in tensors if name.startswith("backbone.")}
-    if "ema" in content:  # the averages are a list in the order of the parameters; the Fourier frequencies are none
+    if averaged:  # these are a list in the order of the parameters; the Fourier frequencies are none
         learned = [name for name in state if name != "time_embedder.0.W"]
         state |= zip(learned, content["ema"]["shadow_params"], strict=True)
     frequencies = len(state["time_embedder.0.W"])
@@ -93,10 +93,14 @@ def predict(oracle, x, device):
     return torch.cat([oracle(part.to(device)).cpu() for part in parts])
 
 
-def denoiser(source: Positional[Path], target: Positional[Path]):
-    """Our form of a published denoiser."""
+def denoiser(source: Positional[Path], target: Positional[Path], averaged: bool = False):
+    """Our form of a published denoiser.
+
+    Args:
+        averaged: the averages of its weights over training.
+    """
     try:
-        state = published_denoiser(read(source))
+        state = published_denoiser(read(source), averaged)
         dna.Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5).load_state_dict(state)
     except (KeyError, ValueError, RuntimeError) as error:
         raise SystemExit(f"{source} holds no denoiser of a known form: {str(error).splitlines()[0]}") from None
@@ -120,7 +124,7 @@ def oracle(
     Args:
         data: .csv[.gz] with sequences, as for dna_finetune.py.
         column: measured values, only to report correlations with.
-        output: which output of the gReLU oracle, counted from 0.
+        output: which output of the gReLU oracle, counted from 0; 1 of binary_atac_cell_lines.ckpt is their ATAC-Acc.
         classifier: the gReLU oracle puts out probabilities; ours learns whether they are above a half.
         width: channels of our oracle.
         epochs: passes over the data.

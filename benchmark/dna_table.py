@@ -40,18 +40,23 @@ class Args:
 
 
 def read(folder):
-    """A run's rows and curves, methods named with their rule, and the text of its models.json; SystemExit without."""
+    """A run's rows and curves, methods named with their rule; its models and how it was judged; SystemExit without."""
     try:
         settings = json.loads((folder / "args.json").read_text())
         suffix = ", authors" if settings.get("temperature_rule") == "authors" else ""
         suffix += f", clip {settings['loss_clip']:g}" if settings.get("loss_clip", math.inf) < math.inf else ""
-        models = Path(settings.get("models") or folder / "models.json").read_text()
+        models = Path(settings.get("models") or folder / "models.json")
+        judged = json.loads((models.parent / "args.json").read_text())
+        names = "data sampling_steps eval_samples eval_elbo_draws top_share".split()
+        judged = models.read_text(), *(judged.get(name) for name in names)
         tables = [list(csv.DictReader((folder / "rows.csv").open())), []]
         if (folder / "curves.csv").exists():
             tables[1] = list(csv.DictReader((folder / "curves.csv").open()))
         for row in tables[0] + tables[1]:
             row |= {key: float(x) for key, x in row.items() if key != "method" and x}
             row["method"] += suffix if row["method"] != "pretrained" else ""
+        if len({row["seed"] for row in tables[0]}) < settings.get("seeds", 1):
+            raise ValueError("seeds are missing")
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{folder} is no finished run: {error}") from None
     rows, curves = tables
@@ -60,7 +65,7 @@ def read(folder):
         row.setdefault("train_seconds", max((c["seconds"] for c in mine), default=0.0))  # of dna_finetune.py
         if rewards := [c["reward"] for c in mine if "reward" in c]:
             row["largest_fall"] = round(float(np.max(np.maximum.accumulate(rewards) - rewards)), 4)
-    return rows, curves, models
+    return rows, curves, judged
 
 
 def interval(values):
@@ -86,9 +91,11 @@ if __name__ == "__main__":
     if not args.runs:
         raise SystemExit("give the directories of runs, runs/RUN")
     runs = [read(folder) for folder in args.runs]
-    for folder, (_, _, models) in zip(args.runs, runs, strict=True):
-        if models != runs[0][2]:
-            raise SystemExit(f"{folder} has other models than {args.runs[0]}; see their models.json")
+    for folder, (_, _, judged) in zip(args.runs, runs, strict=True):
+        if judged != runs[0][2]:
+            raise SystemExit(
+                f"{folder} has other models than {args.runs[0]}, or was judged otherwise; see its args.json"
+            )
     rows = {}
     for folder, (found, _, _) in zip(args.runs, runs, strict=True):
         for row in found:

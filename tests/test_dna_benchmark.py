@@ -63,8 +63,9 @@ def test_published_checkpoint_with_averaged_weights(tmp_path, monkeypatch):
     torch.save(state, tmp_path / "plain.ckpt")
     monkeypatch.delitem(sys.modules, "omegaconf_of_the_test")
     x = torch.randint(5, (4, 40))
-    for name, network in (("pretrained.ckpt", average), ("plain.ckpt", published)):
-        dna_convert.denoiser(tmp_path / name, tmp_path / "ours.pt")
+    cases = ("pretrained.ckpt", True, average), ("pretrained.ckpt", False, published), ("plain.ckpt", False, published)
+    for name, averaged, network in cases:
+        dna_convert.denoiser(tmp_path / name, tmp_path / "ours.pt", averaged)
         loaded = dna.load_model("denoiser", tmp_path / "ours.pt", 40, "cpu")
         torch.testing.assert_close(loaded(x), network(x).detach(), atol=1e-4, rtol=1e-4)
 
@@ -82,6 +83,9 @@ def test_other_files_get_one_line_and_execute_nothing(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=f"{name} {message}") as error:
             dna_convert.denoiser(Path(name), Path("ours.pt"))
         assert "\n" not in error.value.code
+    torch.save({f"backbone.{name}": value for name, value in Published().state_dict().items()}, "plain.ckpt")
+    with pytest.raises(SystemExit, match="plain.ckpt holds no denoiser of a known form: 'ema'"):
+        dna_convert.denoiser(Path("plain.ckpt"), Path("ours.pt"), averaged=True)
     assert not Path("executed-by-a-checkpoint").exists() and not Path("ours.pt").exists()
     torch.save({"state_dict": {}}, "denoiser.ckpt")
     for name, message in {
@@ -185,6 +189,25 @@ def test_site_effects_and_correlations_of_the_truth_are_perfect():
     assert found.sum() == 1 + 1 and found[list(dna.FACTORS).index("HNF1A"), 0] == 1  # GTTAA..., and one other
 
 
+def test_quality_of_a_denoiser_that_is_the_law_of_the_data():
+    """C and G with probability 0.4 each, A and T 0.1; its entropy is 1.194 nats per base."""
+    law = torch.tensor([0.1, 0.4, 0.4, 0.1])
+    denoiser = dna.Denoiser(4, 1).requires_grad_(False)
+    denoiser.logits.weight.zero_(), denoiser.logits.bias.copy_(law.log())
+    torch.manual_seed(1)
+    train, held_out = (torch.multinomial(law, n * 20, replacement=True).view(n, 20) for n in (3000, 400))
+    args = dna.Args(eval_samples=400, eval_elbo_draws=4, sampling_steps=20, sampling_dtype="float32")
+    quality = dna_quality.denoiser_quality(denoiser, train, held_out, args)
+    assert quality["model_nats_per_base"] == pytest.approx(-(law * law.log()).sum().item(), abs=0.02)
+    assert quality["markov5_nats_per_base"] == dna_quality.markov_nats(train, held_out)
+    gc_held_out = ((held_out == 1) | (held_out == 2)).double().mean(1)
+    assert quality["gc_mean"] == pytest.approx(0.8, abs=0.02)
+    assert quality["gc_std"] == pytest.approx(0.4 / 20**0.5, abs=0.01)
+    assert quality["gc_mean_held_out"] == pytest.approx(gc_held_out.mean().item())
+    assert quality["gc_std_held_out"] == pytest.approx(gc_held_out.std().item())
+    assert quality["kmer_correlation"] > 0.98
+
+
 def test_quality_of_a_run(run_dna, capsys):  # noqa: F811
     made, _ = run_dna("--methods", "exp")
     run_file("benchmark/dna_quality.py", made)
@@ -247,7 +270,7 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
         for s in (1, 2, 3)
         for k, reward in ((0, 1), (5, 3), (8, 1), (9, 2))  # after its best, 3, it falls by 2 to 1
     ]
-    run("kl", dict(temperature_rule="kl"), rows, curve)
+    run("kl", dict(temperature_rule="kl", seeds=3), rows, curve)
     run("authors", dict(temperature_rule="authors"), [row("pretrained", 1, 0.25), row("exp", 1, 3.0)])
     of_kl = dict(models="kl/models.json")
     run("cg", of_kl, [row("cg", 1, 5.0, true_activity=math.nan, train_seconds=1, draw_seconds=7.4)])
@@ -284,10 +307,14 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     run("twice", {}, [row("cg", 1, 4.0)])
     run("other", {}, [row("cg", 1, 4.0)])
     Path("other/models.json").write_text('{"pretrained": "another"}')
+    run("shorter", dict(sampling_steps=32), [row("cg", 1, 4.0)])
+    run("killed", of_kl | dict(seeds=2), [row("cg", 1, 4.0)])
     for folders, why in [
         ("kl cg no", "no is no finished run"),
         ("kl cg twice", "twice: another run has cg, seed 1, too"),
-        ("kl other", "other has other models than kl"),
+        ("kl other", "other has other models than kl, or was judged otherwise"),
+        ("kl shorter", "shorter has other models than kl, or was judged otherwise"),
+        ("kl killed", "killed is no finished run: seeds are missing"),
         ("", "give the directories of runs"),
     ]:
         with pytest.raises(SystemExit, match=why):

@@ -122,6 +122,8 @@ def test_row_of_the_table_against_definitions():
     assert row["distance"] == pytest.approx(np.mean(pairs)) and row["distinct"] == len(set(strings)) / 40
     assert row["pred_activity"] == x.sum(-1).sort().values[19] and row["reward_oracle"] == -x[:, 0].sort().values[20]
     assert row["accessible"] == pytest.approx((x[:, 1] > 1).double().mean().item())
+    bound = dna.log_likelihood(models["pretrained"], x, args.eval_elbo_draws, 1)  # whole sequences, in nats
+    assert row["log_likelihood"] == pytest.approx(bound.sort().values[19].item())
     assert row["true_activity"] == pytest.approx(dna.true_activity(x).sort().values[19].item())
 
     same = dna.evaluate(Constant(torch.arange(13) % 4), oracles | models, x, 1, args)["row"]

@@ -55,6 +55,7 @@ BAD_FLAGS = [
     ("--seed 99999999999999999999999", "--seed must be from 0 to 2^32 - 1"),
     ("--num-particles 4 --target-kl 1.5", "--target-kl must be above 0 and below log(num_particles)"),
     ("--num-particles 1", "--num-particles must be at least 2"),
+    ("--temperature-rule authors --temperature 1", "--temperature must be 0 with --temperature-rule authors"),
     ("--top-share 0", "--top-share must be above 0 and at most 1"),
     ("--ema 1", "--ema must be at least 0 and below 1"),
     ("--simulated-length 5", "--simulated-length must be at least 13"),
@@ -71,6 +72,11 @@ BAD_FLAGS = [
 @pytest.mark.parametrize("flags, message", BAD_FLAGS)
 def test_bad_flag_gets_one_line(run_script, flags, message):
     refuses(run_script, message, *flags.split())
+
+
+@pytest.mark.parametrize("rule", [dict(temperature=1.0), dict(temperature_rule="authors")])
+def test_a_target_kl_that_nothing_aims_at_may_be_too_large(rule):
+    assert dna.Args(num_particles=4, target_kl=1.5, **rule).num_particles == 4
 
 
 def test_longest_site_is_what_the_length_must_hold():
@@ -208,6 +214,20 @@ def test_loss_that_is_not_finite_stops_with_one_line(run_dna):  # noqa: F811
     assert "\n" not in error.value.code
     with pytest.raises(SystemExit, match="exp, round 0: reward not finite"):
         tune("exp", random_law(1), torch.full((64,), math.nan), num_particles=8)
+
+
+def test_user_is_told_of_sequences_that_repeat_or_are_unlikely(run_dna, tmp_path):  # noqa: F811
+    """A law that wants A where nothing is known and never beside another A: in one step it draws nothing but A."""
+    denoiser = dna.Denoiser(4, 1).requires_grad_(False)
+    for parameter in denoiser.parameters():
+        parameter.zero_()
+    denoiser.linear.weight[0, 0], denoiser.hidden.weight[0, 0] = 1.0, 1.0  # unit 0 counts the A within 4 places
+    denoiser.logits.weight[0, 0], denoiser.logits.bias[0] = -20.0, 9.0
+    dna.save(tmp_path / "shy.pt", dict(kind="denoiser", state=denoiser.state_dict()))
+    for steps, warned in ((1, True), (16, False)):
+        _, out = run_dna("--pretrained", tmp_path / "shy.pt", "--methods", "exp", "--sampling-steps", steps)
+        assert ("warning: pretrained-seed1 has collapsed" in out) == warned
+        assert ("warning: pretrained-seed1 repeats itself: 12% of its sequences are distinct" in out) == warned
 
 
 def test_user_is_told_of_an_unbounded_loss(run_dna):  # noqa: F811

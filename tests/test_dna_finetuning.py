@@ -157,7 +157,7 @@ def test_authors_rule_has_the_published_greediness_and_is_what_finetune_takes(mo
         assert abs(float((p * (128 * p).log()).sum(-1).mean()) - published) < slack, method
 
     p, reward = random_law(6), torch.randn(64, generator=torch.Generator().manual_seed(7))
-    small = dict(rounds=2, num_particles=64, temperature_rule="authors")
+    small = dict(rounds=2, num_particles=64, temperature=0.0, temperature_rule="authors")
     (authors, _), (ours, _) = (tune("lin-neg", p, reward, **small | s) for s in ({}, dict(temperature_rule="kl")))
     monkeypatch.setattr(dna, "weigh", lambda method, q, *_: dna.weigh_as_authors(method, q, 0.5))
     (same, _) = tune("lin-neg", p, reward, **small | dict(temperature_rule="kl"))

@@ -114,6 +114,16 @@ def test_sampler_follows_its_law(steps):
     assert stats.chisquare(counts, n * other, sum_check=False).pvalue < 1e-6
 
 
+def test_sampling_in_bfloat16_draws_nearly_the_same_letters():
+    denoiser = small_denoiser()
+    generator = [torch.Generator().manual_seed(1) for _ in range(2)]
+    one, other = (
+        dna.sample(denoiser, 64, 20, 8, g, t) for g, t in zip(generator, ("float32", "bfloat16"), strict=True)
+    )
+    assert 0.95 < (one == other).double().mean() < 1 and other.max() < 4
+    assert denoiser.shifts.dtype == torch.float32
+
+
 def test_sampler_reproduces_a_known_distribution():
     p, n = random_law(4, 1.5), 30_000
     x = dna.sample(Table(p), n, 3, 2000, torch.Generator().manual_seed(1), batch=n)
