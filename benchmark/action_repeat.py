@@ -3,7 +3,7 @@
     python benchmark/action_repeat.py --script simpo_power.py --action-repeat 4 --env-id dm_control/cheetah-run-v0
 
 All other flags are the script's; a step is then one held action. Rewards of the steps that an action is held for add
-up; a --reward-landscape is taken once, after the last of them.
+up; a --reward-landscape is taken once, after the last of them. stats.py does not see the repeat: give it one at a time.
 """
 
 import argparse

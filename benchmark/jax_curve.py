@@ -26,7 +26,7 @@ import gymnasium as gym
 import numpy as np
 
 FRAME = {"flow_rl", "env_id", "seed", "total_timesteps", "out"}  # not in the folder's name as flags
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
 defaults |= dict(batch_size=64, updates=5, reweight="linear", floor=-0.5, policy_lr=3e-4, out="runs/small")

@@ -6,23 +6,31 @@ python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: t
 
 import csv
 import shutil
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import small_frame
+import tyro
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent / "mujoco"
 PAPER = 13_900  # best variant of its second version on HalfCheetah-v4 after 1M steps, by a listing on the web
 
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[Path | None] = None  # runs/<run_name>; none: the files as they are
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        new, kept = Path(sys.argv[1], "eval.csv"), HERE / "paper_frame.csv"
+    args = tyro.cli(Args, description=__doc__)
+    if args.run:
+        new, kept = args.run / "eval.csv", HERE / "paper_frame.csv"
         if not new.is_file():
-            raise SystemExit(f"{sys.argv[1]} has no eval.csv; give the directory of a run, runs/<run_name>")
-        if not new.read_text().startswith(kept.read_text()):
-            raise SystemExit(f"{new} does not go on where {kept} ends: it is another run's")
+            raise SystemExit(f"{args.run} has no eval.csv; give the directory of a run, runs/<run_name>")
+        if kept.exists() and not new.read_text().startswith(kept.read_text()):
+            raise SystemExit(f"{new} does not go on where {kept} ends: it is another run's; delete {kept.name} for it")
         shutil.copy(new, kept)
     axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     with (HERE / "paper_frame.csv").open() as file:

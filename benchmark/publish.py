@@ -1,14 +1,16 @@
 """What a run has learned, small enough to commit, and a film of it: models/NAME for `--evaluate models/NAME`.
 
-    MUJOCO_GL=egl python benchmark/publish.py runs/RUN models/HalfCheetah-v4
+    python benchmark/publish.py runs/RUN models/HalfCheetah-v4
 
 Keeps of the checkpoint what evaluation needs: policy, critics and arguments, in float32 and not compiled, so that
 it runs anywhere at once; returns differ by rounding. eval.csv and learning_curve.png go along.
-policy.gif shows the start of an episode, acting as in evaluation, in real time, from the camera that follows.
+policy.gif shows the start of an episode, acting as in evaluation, in real time, from the camera `track`, which most of
+Gymnasium's MuJoCo models have; for others --seconds 0.
 """
 
 import importlib
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -39,7 +41,11 @@ def film(state, args):
     torch.compiler.set_stance("force_eager")
     mujoco.set_mju_user_warning(lambda text: None)  # no MUJOCO_LOG.TXT
     size = dict(width=args.width, height=args.height)
-    env = gym.make(settings.env_id, render_mode="rgb_array", camera_name="track", **size)
+    os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw"))
+    try:
+        env = gym.make(settings.env_id, render_mode="rgb_array", camera_name="track", **size)
+    except (TypeError, gym.error.Error) as error:
+        raise SystemExit(f"{settings.env_id} cannot be filmed, --seconds 0: {str(error).splitlines()[0]}") from None
     dims = env.observation_space.shape[0], env.action_space.shape[0], settings.hidden_dim
     dtype = getattr(torch, settings.policy_dtype)
     policy = script.DiffusionPolicy(*dims, settings.solver, settings.diffusion_steps, dtype)
@@ -70,6 +76,7 @@ if __name__ == "__main__":
         raise SystemExit(f"{args.run} is of {state['script']}.py; give a run of simpo_*.py")
     if args.out.resolve() == args.run.resolve():
         raise SystemExit(f"{args.out} is the run itself; choose another folder")
+    pictures, duration = film(state, args) if args.seconds else ([], 0)
     args.out.mkdir(parents=True, exist_ok=True)
     kept = {name: state[name] for name in ("script", "args", "global_step")}
     kept["args"] = kept["args"] | dict(device="cpu", policy_dtype="float32", compile=False)  # runs anywhere, at once
@@ -77,8 +84,7 @@ if __name__ == "__main__":
     torch.save(kept, args.out / "checkpoint.pt")
     for name in ("eval.csv", "learning_curve.png"):
         shutil.copy(args.run / name, args.out / name)
-    if args.seconds:
-        pictures, duration = film(state, args)
+    if pictures:
         pictures = [picture.quantize(64) for picture in pictures]
         pictures[0].save(args.out / "policy.gif", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     for path in sorted(args.out.iterdir()):

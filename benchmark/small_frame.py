@@ -60,7 +60,11 @@ class Args:
 
 def label(script, flags):
     """A method's name: the script with the flags that it has neither from the frame nor from the task."""
-    launched = [Path(flag[len("script=") :]).stem for flag in flags.split() if flag.startswith("script=")]
+    launched = [
+        Path(flag[len("script=") :]).stem.removeprefix("baselines-")
+        for flag in flags.split()
+        if flag.startswith("script=")
+    ]
     own = [flag for flag in flags.split() if flag not in OURS and not flag.startswith(("script=", *TASK))]
     return " ".join([*(launched or [script]), *own])
 
@@ -137,6 +141,7 @@ def draw(curves, minutes, path):
     for row, (title, methods, by_minutes) in zip(panels, rows, strict=True):
         methods = [method for method in methods if any(method in curves_of for curves_of in curves.values())]
         for panel, (env_id, curves_of) in zip(row, curves.items(), strict=True):
+            length = max(step for seeds in curves_of.values() for curve in seeds.values() for step in curve)
             panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
             panel.set(title=env_id.replace(" ", "\n") if row[0] is panels[0, 0] else "")
             for i, method in enumerate(method for method in methods if method in curves_of):
@@ -154,8 +159,8 @@ def draw(curves, minutes, path):
                         mean = returns.mean(0)[-1]
                         panel.errorbar(end, mean, high[-1] - mean, color=color[method], marker=".")
             if not by_minutes:
-                panel.axvline(x[-1], color="grey", linewidth=0.5)
-                panel.set_xticks(np.linspace(0, x[-1], 6))
+                panel.axvline(length, color="grey", linewidth=0.5)
+                panel.set_xticks(np.linspace(0, length, 6))
         counts = [", ".join(str(len(curves_of.get(method, ""))) for curves_of in curves.values()) for method in methods]
         names = [f"{name_of(method)} ({count})" for method, count in zip(methods, counts, strict=True)]
         lines = [Line2D([], [], color=color[method]) for method in methods]
@@ -184,6 +189,8 @@ if __name__ == "__main__":
     for env_id, methods in curves.items():
         if not methods:
             raise SystemExit(f"{args.csv} has no run of {env_id}, which --env-ids names")
+        if len(ends := {max(curve) for seeds in methods.values() for curve in seeds.values()}) > 1:
+            raise SystemExit(f"{args.csv}: runs of {env_id} end at different steps, {sorted(ends)}")
     if not args.cost.exists():
         raise SystemExit(f"--cost {args.cost}: there is no such file; /dev/null: no costs")
     costs = {label(row["script"], row["flags"]): float(row["milliseconds"]) for row in csv.DictReader(args.cost.open())}

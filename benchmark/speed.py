@@ -137,6 +137,6 @@ if __name__ == "__main__":
     print(f"{'its hidden products alone':32s} {bound:8.2f} ms, measured on this machine just before")
     print(f"{'share of that peak':32s} {bound / update:8.0%}")
     print(f"{'environment steps':32s} {5e3 / (acting + update):8.1f} per second of training")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)  # GiB
     print(f"{'peak memory':32s} {memory:8.2f} GiB, with a full buffer of 1M transitions", end="")
     print(f"; on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "")

@@ -7,8 +7,8 @@ Prints and writes table.csv (per method and task: interquartile mean of the last
 and improvement.csv (chance that one method's run beats another's); draws curves.png and, if all tasks share one scale,
 profiles.png. Intervals are of 95%, by the percentile bootstrap over seeds, tasks resampled separately. With few seeds
 they are too narrow: of normal returns, those of the IQM of one task hold the truth in 90% of all cases with five seeds,
-in 93% with ten; below four seeds (71% with three) none is given. Not named
-statistics.py, which would hide Python's own module from torch.compile.
+in 93% with ten; below four seeds (75% with three) none is given. A run that has not finished cuts all of its task.
+Not named statistics.py, which would hide Python's own module from torch.compile.
 """
 
 import csv

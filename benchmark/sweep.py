@@ -7,7 +7,8 @@
 
 Each run has a folder of its own, OUT/SCRIPT/ENVIRONMENT/FLAGS/SEED/: `log`, `command`, `finished` if it is, and runs/
 as the script makes it. A run that is killed, with its Ray worker or its node, is tried again from its checkpoint.
-The table is printed and kept as OUT/table.csv. The exit code is 1 if a run failed.
+The table is printed and kept as OUT/table.csv. The exit code is 1 if a run failed. Memory is not reserved: where it is
+short, a larger --cpus lets fewer runs at once.
 """
 
 import fcntl
@@ -73,17 +74,15 @@ def train(folder, command, cpus, gpus):
         else:  # it was killed before there was anything to go on from
             shutil.rmtree(folder / "runs", ignore_errors=True)
         print(f"$ {shlex.join(command)}", file=log, flush=True)
-        command, streams = [sys.executable, *command], dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        if shutil.which("setpriv"):
-            # Linux: if this worker dies, or Ray kills its children, the training gets SIGTERM: it saves and stops.
-            command = [
-                *"setpriv --pdeathsig KILL sh -c".split(),
-                'setpriv --pdeathsig TERM "$@"; exit $?',
-                "sh",
-                *command,
-            ]
+        # A watcher reads a pipe that this worker alone holds: when it dies, the training gets SIGTERM, saves and stops.
+        shell = (
+            'exec FD<&0; "$@" </dev/null FD<&- & run=$!; { read -r _ <&FD; kill -TERM $run; } 2>/dev/null & watch=$!; '
+        )
+        shell += "exec FD<&-; wait $run; code=$?; kill $watch 2>/dev/null; exit $code"
+        shell = shell.replace("FD", "4" if lock.fileno() == 3 else "3")
         options = dict(cwd=folder, env=env, pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is not for it
-        code = subprocess.run(command, **streams, **options).returncode
+        options |= dict(stdin=subprocess.PIPE, stdout=log, stderr=log)
+        code = subprocess.Popen(["sh", "-c", shell, "sh", sys.executable, *command], **options).wait()
         last = last_line((folder / "log").read_text(errors="replace"))
         if code < 0 or code > 128:
             raise Killed(f"killed by signal {-code if code < 0 else code - 128}, again and again; {folder}/log: {last}")
@@ -95,11 +94,12 @@ def train(folder, command, cpus, gpus):
 
 
 def last_line(text):
-    """The last line, or the first one in the last box that tyro has drawn around its message."""
+    """The last line, or what stands in the last box that tyro has drawn around its message, above its rule."""
     lines = text.splitlines()
     if lines[-1].startswith("╰"):
-        lines = text.rpartition("╭")[2].splitlines()[1:2]
-    return lines[-1].strip("│ ")
+        box = [line.strip("│ ") for line in text.rpartition("╭")[2].splitlines()[1:-1]]
+        return " ".join(itertools.takewhile(lambda line: not line.startswith("─"), box))
+    return lines[-1]
 
 
 if __name__ == "__main__":
@@ -112,6 +112,7 @@ if __name__ == "__main__":
         script = "".join(entry.split()[:1])
         if not Path(script).is_file():
             raise SystemExit(f"--scripts {script}: there is no such file")
+    os.environ.setdefault("RAY_task_oom_retries", str(args.retries))  # of what Ray kills where memory runs short
     quiet = dict(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     ray.init(os.environ.get("RAY_ADDRESS", "local"), **quiet)
     stop_signals = []
@@ -133,12 +134,13 @@ if __name__ == "__main__":
         running[task.remote(folder, command, args.cpus, args.gpus)] = folder, (script, env_id, flags), seed
 
     values = {method: {} for _, method, _ in running.values()}  # (script, environment, flags) -> {seed: return}
-    failed = []
-    progress = tqdm(total=len(running), unit="run", smoothing=0, dynamic_ncols=True)
+    failed, before = [], {folder for folder, *_ in running.values() if (folder / "finished").exists()}
+    progress = tqdm(total=len(running) - len(before), unit="run", smoothing=0, dynamic_ncols=True)
     while running:
         done, _ = ray.wait(list(running), timeout=1)
         for run in done:
             folder, method, seed = running.pop(run)
+            progress.update(folder not in before)
             try:
                 ray.get(run)
                 (path,) = folder.glob("runs/*/eval.csv")
@@ -147,7 +149,6 @@ if __name__ == "__main__":
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()
                 failed.append(f"FAILED {' '.join(method)} seed {seed}: {reason[0]}")
                 progress.write(failed[-1])
-        progress.update(len(done))
         progress.refresh()
         if stop_signals:
             progress.write("interrupted: the trainings save and stop; the same command goes on with them")

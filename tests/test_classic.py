@@ -62,6 +62,10 @@ def test_a_run_has_its_flags_and_its_evaluations(run_script, algo):
         returns = [float(x) for x in row["returns"].split()]
         assert len(returns) == 3 and np.mean(returns) == pytest.approx(float(row["mean"]), abs=0.01)
     assert json.loads((run_dir / "args.json").read_text())["algo"] == algo
+    if algo == "random":  # from the whole range of actions
+        args, rng = Args(env_id=SMALL[1], eval_episodes=3, device="cpu"), np.random.default_rng(1)
+        expected = evaluate(lambda obs: rng.uniform(-1, 1, (3, 1)).astype(np.float32), args).mean()
+        assert float(rows[0]["mean"]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_sac_learns_the_point_mass(run_script):

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
+from small_frame import differences
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -58,6 +59,23 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
     assert result.returncode == 1 and result.stderr == "--minutes -1.0: it must be 0 or more\n"
     result = small_frame(tmp_path, "Pendulum-v1", "--last=0")
     assert result.returncode == 1 and result.stderr == "--last 0: it must be 1 or more\n"
+
+
+def test_differences_are_of_equal_seeds(capsys):
+    differences({"a": {1: 5.0, 2: 7.0, 3: 9.0}, "b": {2: 1.0, 3: 5.0, 4: 0.0}})
+    assert capsys.readouterr().out == "a minus b, 2 seeds: 5 [-8, 18]\n"  # of 6 and 4: 5 +- 12.706
+
+
+def test_a_task_without_the_methods_of_others_and_runs_of_unequal_length(tmp_path):
+    rows = [f"simpo_neg power={p},B-v4,1,{step},{p}" for p in range(1, 8) for step in (100, 300)]
+    csv_file = tmp_path / "a.csv"
+    csv_file.write_text("\n".join(["method,env_id,seed,step,mean", "sac,A-v4,1,100,1", *rows]) + "\n")
+    command = [sys.executable, "benchmark/small_frame.py", "--csv", csv_file, "--cost", "/dev/null"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "a.png").stat().st_size > 5000, result.stderr
+    csv_file.write_text(csv_file.read_text() + "sac,B-v4,1,100,1\n")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "runs of B-v4 end at different steps, [100, 300]" in result.stderr
 
 
 def test_small_frame_adds_a_sweep_and_compares_over_tasks(tmp_path):

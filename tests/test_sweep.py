@@ -10,6 +10,9 @@ import time
 import pytest
 from conftest import ROOT
 
+sys.path.append(str(ROOT / "benchmark"))
+from sweep import last_line
+
 # It has the flags, files and signals of a training, and computes a chain of numbers, 10 to a checkpoint. While there is
 # a file of its name in the folder $HOLD, it gets no further than step 35: then it can be killed at leisure.
 STAND_IN = """
@@ -26,6 +29,7 @@ stop = []
 signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
 run = Path(args.resume or f"runs/stand_in__{args.seed}__{time.time_ns()}")
 run.mkdir(parents=True, exist_ok=True)
+Path("machine").write_text(os.environ["OMP_NUM_THREADS"] + " " + os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 checkpoint = run / "checkpoint.pt"
 new = [0, int(args.seed or 0) * len(args.env_id or ""), [], args.env_id, args.seed]
 state = json.loads(checkpoint.read_text()) if args.resume else new
@@ -179,7 +183,7 @@ def test_interrupted_sweep_goes_on_and_runs_nothing_twice(sweep, tmp_path):
 
 
 def test_two_never_train_in_one_folder(tmp_path, sweep):
-    code = "import sys; from pathlib import Path; import sweep; sweep.train(Path('run'), sys.argv[1:], 1, 0)"
+    code = "import sys; from pathlib import Path; import sweep; sweep.train(Path('run'), sys.argv[1:], 2, 0)"
     command = [sys.executable, "-c", code, str(tmp_path / "stand_in.py"), "--env-id", "A", "--seed", "1"]
     start = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "benchmark")})
     (tmp_path / "hold" / "A1").touch()
@@ -198,12 +202,20 @@ def test_two_never_train_in_one_folder(tmp_path, sweep):
     assert waiter.wait(30) == 0
     turns, steps = processes(tmp_path / "run")
     assert len(turns) == 2 and steps == list(range(1, 61))
+    assert (tmp_path / "run" / "machine").read_text() == "2 "  # threads, and no GPU
 
     before = (tmp_path / "run" / "log").read_text()
     assert subprocess.run(command, **start).returncode == 0  # it is finished: nothing is done
     other = subprocess.run([*command, "--crash"], **start, capture_output=True, text=True)
     assert other.returncode == 1 and "was made by another command" in other.stderr
     assert (tmp_path / "run" / "log").read_text() == before
+
+
+def test_last_line_of_a_log_is_all_of_a_box():
+    box = ["╭─ Unrecognized options ─╮", "│ No such options: --a,  │", "│ --b                    │"]
+    box += ["│ ────────────────────── │", "│ For full helptext, ... │", "╰────────────────────────╯"]
+    assert last_line("\n".join(["$ simpo_neg.py", *box])) == "No such options: --a, --b"
+    assert last_line("Traceback\nValueError: no") == "ValueError: no"
 
 
 def test_a_training_ends_the_same_after_its_worker_was_killed(sweep, tmp_path):
