@@ -55,7 +55,7 @@ Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # False: not emulated; Intel gains only with AMX
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16: not emulated; Intel only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
@@ -101,7 +101,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: see --policy-dtype
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 
@@ -366,14 +366,14 @@ if __name__ == "__main__":
     args.check()
 
     # The machine.
-    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # as the paper's v4 environments are
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered|TensorFloat32)")  # v4 environments are
     os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw") if args.capture_video else "disable")
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
-        raise SystemExit(f"--device {args.device}: {str(error)[:60].splitlines()[0]}; or --device cpu") from None
+        raise SystemExit(f"--device {args.device}: {str(error)[:60].splitlines()[0]}; new runs: --device cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))

@@ -16,8 +16,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: with m
 torch.compiler.set_stance("force_eager")  # compiling takes longer than the tests; test_precision.py compares the two
 
 # Flags that make a run small enough for a test: tiny networks, few particles, no compilation.
-SMALL = "--no-compile --policy-dtype float32 --hidden-dim 32 --num-particles 8 --target-kl 0.9 --diffusion-steps 5"
-SMALL = [*SMALL.split(), "--batch-size", "32", "--eval-episodes", "5", "--eval-draws", "3", "--log-every", "100"]
+SMALL = "--no-compile --device cpu --policy-dtype float32 --hidden-dim 32 --num-particles 8 --target-kl 0.9"
+SMALL = [
+    *SMALL.split(),
+    *"--diffusion-steps 5 --batch-size 32 --eval-episodes 5 --eval-draws 3 --log-every 100".split(),
+]
 
 
 @pytest.fixture(autouse=True)

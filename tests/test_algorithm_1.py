@@ -56,29 +56,29 @@ def test_the_first_actions_are_not_the_first_weights(run_script):
 def test_three_updates_by_hand(run_script, temperature, B):
     """Every network after three updates is what Algorithm 1 makes of the same transitions and random numbers.
 
-    With 300 states the critics value the K actions in two blocks, of 256 and 44 states.
+    With 300 states the critics value the K actions in two blocks, of 256 and 44 states. It ends at step 50.
     """
-    flags = "--env-id Pendulum-v1 --learning-starts 35 --total-timesteps 50 --old-policy-interval 2 --eval-every 0"
-    flags += " --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01 --critic-lr 0.02"
-    flags += f" --temperature {temperature} --temperature-lr 0.2 --batch-size {B}"
+    flags = "--env-id small_envs:TwoEnds-v0 --learning-starts 35 --total-timesteps 48 --old-policy-interval 2"
+    flags += " --eval-every 0 --error-clip 0.5 --particle-noise 0.5 --tau 0.3 --policy-lr 0.1 --policy-lr-end 0.01"
+    flags += f" --critic-lr 0.02 --temperature {temperature} --temperature-lr 0.2 --batch-size {B}"
     run_dir = run_script("simpo_neg", *SMALL, *flags.split(), "--log-every", 5)
     result = read_checkpoint(run_dir)
     rows = result["rows"]
     torch.manual_seed(20_001)
-    policy, critic = simpo_neg.DiffusionPolicy(3, 1, 32, "dpm", 5), simpo_neg.Critic(3, 1, 32)
+    policy, critic = simpo_neg.DiffusionPolicy(3, 2, 32, "dpm", 5), simpo_neg.Critic(3, 2, 32)
     old_policy, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)
     log_temperature = torch.tensor(np.log(temperature or 1), requires_grad=True)
     policy_adam, critic_adam = torch.optim.Adam(policy.parameters()), torch.optim.Adam(critic.parameters(), 0.02)
     temperature_adam = torch.optim.Adam([log_temperature], 0.2)
     generator = torch.Generator().manual_seed(1)
     for step in range(5, 40, 5):  # random actions
-        action = 2 * torch.rand(5, 1, generator=generator) - 1
-        torch.testing.assert_close(action, rows[step - 5 : step, 6:7])
+        action = 2 * torch.rand(5, 2, generator=generator) - 1
+        torch.testing.assert_close(action, rows[step - 5 : step, 6:8])
     for step in (40, 45, 50):
         action = policy.sample(rows[step - 5 : step, :3], 1, generator)[:, 0]  # acting: pi, not pi_old
-        torch.testing.assert_close(action, rows[step - 5 : step, 6:7], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(action, rows[step - 5 : step, 6:8], rtol=1e-3, atol=1e-4)
         batch = rows[torch.randint(step, (B,), generator=generator)]
-        obs, next_obs, action, reward, terminated = batch.split([3, 3, 1, 1, 1], dim=1)
+        obs, next_obs, action, reward, terminated = batch.split([3, 3, 2, 1, 1], dim=1)
 
         with torch.no_grad():
             next_q = critic_target(next_obs, policy.sample(next_obs, 1, generator))[..., 0]  # (2, B)
@@ -90,7 +90,7 @@ def test_three_updates_by_hand(run_script, temperature, B):
         critic_adam.step()
 
         particles = old_policy.sample(obs, 8, generator)
-        particles = (particles + 0.5 * torch.randn(B, 8, 1, generator=generator)).clip(-1, 1)
+        particles = (particles + 0.5 * torch.randn(B, 8, 2, generator=generator)).clip(-1, 1)
         with torch.no_grad():
             q = critic(obs, particles).double().sum(0).numpy() / 2
 
@@ -103,13 +103,13 @@ def test_three_updates_by_hand(run_script, temperature, B):
         weights = lin_neg(q, temperature_used, 0.5)
         assert (weights < 0).any()
 
-        t, noise = torch.randint(5, (B, 8), generator=generator), torch.randn(B, 8, 1, generator=generator)
+        t, noise = torch.randint(5, (B, 8), generator=generator), torch.randn(B, 8, 2, generator=generator)
         angle = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2
         states, times = policy.embed(obs)
         predicted = policy.velocity(angle.cos() * particles + angle.sin() * noise, states + times[t])
         error = (predicted - (angle.cos() * noise - angle.sin() * particles)) ** 2
         assert (error > 0.5).any()
-        policy_adam.param_groups[0]["lr"] = 0.1 - 0.09 * step / 50
+        policy_adam.param_groups[0]["lr"] = 0.1 - 0.09 * min(step / 48, 1)
         policy_adam.zero_grad()
         policy_loss = (torch.tensor(weights, dtype=torch.float32)[..., None] * error.clip(max=0.5)).mean()
         policy_loss.backward()
@@ -141,6 +141,14 @@ def test_three_updates_by_hand(run_script, temperature, B):
     for part, module in by_hand.items():
         for name, x in module.state_dict().items():
             torch.testing.assert_close(result[part][name], x, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_logged_returns_are_of_the_episodes_that_ended(run_script):
+    """RandomLength pays 1 in each of 1 to 9 steps; its five environments end at different times."""
+    flags = "--env-id small_envs:RandomLength-v0 --total-timesteps 200 --eval-every 0".split()
+    events = EventAccumulator(str(run_script("simpo_neg", *SMALL, *flags))).Reload()
+    returns = [event.value for event in events.Scalars("train/return")]
+    assert len(returns) > 10 and 1 <= min(returns) and 8 < max(returns) <= 9
 
 
 @pytest.mark.parametrize("env_id, q1", [("TimeLimit-v0", 1 / (1 - 0.5)), ("Terminal-v0", 1.0)])

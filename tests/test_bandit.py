@@ -66,12 +66,16 @@ def test_a_policy_learns_from_its_rewards():
 
 
 def test_what_a_round_trains_on(monkeypatch):
-    """Actions with the noise, their rewards, a temperature with its lower bound, the falling learning rate."""
-    actions, values, temperatures, rates = [], [], [], []
+    """Actions with the noise and their rewards, a nu per group, the error clip, regrets of actions without the noise,
+
+    a temperature with its lower bound, the falling learning rate.
+    """
+    actions, values, temperatures, rates, clips = [], [], [], [], set()
     loss, reweight, step = bandit.Policies.loss, bandit.reweight, torch.optim.Adam.step
 
     def loss_seen(self, action, *rest):
         actions.append(action)
+        clips.add(rest[-1])
         return loss(self, action, *rest)
 
     def reweight_seen(q, temperature, *rest):
@@ -87,7 +91,10 @@ def test_what_a_round_trains_on(monkeypatch):
     monkeypatch.setattr(bandit, "reweight", reweight_seen)
     monkeypatch.setattr(torch.optim.Adam, "step", step_seen)
     args = replace(SMALL, rounds=10, updates=1, groups=16, target_kl=3.4, min_temperature=0.06, lr=0.01)
-    _, draws = bandit.train(bandit.trials_for(bandit.ESCAPE, ["Linear"], args), args)
+    regret, draws = bandit.train(bandit.trials_for(bandit.ESCAPE, ["Linear"], args), args)
+    drawn = bandit.reward(torch.from_numpy(draws), 2.0, 0.5, 0.3)
+    np.testing.assert_allclose(regret, 1 - drawn.mean(-1), atol=1e-6)
+    assert {q.shape for q in values} == {(2, 16, 32)} and clips == {300.0}  # each group has a nu of its own
     for k in range(10):
         noise = actions[k] - torch.from_numpy(draws[0, :, k])
         assert noise.mean().abs() < 0.03 and noise.std().item() == pytest.approx(0.2, rel=0.1)
@@ -108,13 +115,15 @@ def test_intervals_are_wilsons_and_the_bootstrap_s():
 
 
 def test_summary_counts_by_hand():
-    """Three rounds of which the last ten are all; the local optimum's regret is 0.5."""
+    """Twenty rounds, and the last ten, of two regrets; the local optimum's is 0.5."""
     trials = bandit.trials_for(bandit.ESCAPE, ["Linear", "Square"], SMALL)
-    regret = np.array([[[0.8, 0.5, 0.2], [0.8, 0.4, 0.36]], [[0.9, 0.4, 0.2], [0.54, 0.54, 0.54]]])
+    late = np.array([[[0.8, 0.21], [0.8, 0.24]], [[0.8, 0.21], [0.54, 0.54]]])
+    regret = np.concatenate([np.ones((2, 2, 20)), late.repeat(5, axis=2)], axis=2)
     linear, square = bandit.summarise("x", trials, regret)
     assert (linear["reached"], linear["trapped"], linear["trials"]) == (0, 2, 2)
     assert (square["reached"], square["trapped"], square["minus_square"]) == (0, 1, 0)
-    assert linear["final"] == linear["mean"] == pytest.approx(0.51) and linear["minus_square"] == pytest.approx(-0.01)
+    assert (linear["final"], linear["mean"]) == pytest.approx((0.5125, (20 + 5.125) / 30))
+    assert linear["minus_square"] == pytest.approx(-0.01 / 3)
 
 
 # ----------------------------------------------------------------------------------------------------- command line

@@ -18,8 +18,8 @@ FRAME = "simpo_neg"
 OWN_METHODS = {"Critic": {"dacer"}, "DiffusionPolicy.loss": {"qsm", "dacer"}}  # those with another or none
 OWN_DEFAULTS = {"eval_draws": {"qvpo", "dipo", "dacer"}, "solver": {"qsm"}}
 
-SMALL = "--no-compile --policy-dtype float32 --hidden-dim 32 --diffusion-steps 5 --batch-size 32 --log-every 100"
-SMALL = [*SMALL.split(), *"--eval-episodes 5 --eval-draws 1 --env-id small_envs:PointMass-v0".split()]
+SMALL = "--no-compile --device cpu --policy-dtype float32 --hidden-dim 32 --diffusion-steps 5 --batch-size 32"
+SMALL = [*SMALL.split(), *"--log-every 100 --eval-episodes 5 --eval-draws 1 --env-id small_envs:PointMass-v0".split()]
 FAST = "--total-timesteps 1000 --learning-starts 200 --steps-per-update 2 --eval-every 1000 --discount 0.9 --tau 0.02"
 FAST = [*SMALL, *FAST.split(), *"--policy-lr 2e-3 --policy-lr-end 2e-3 --critic-lr 2e-3".split()]
 

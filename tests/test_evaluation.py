@@ -35,7 +35,7 @@ def test_takes_the_draw_that_both_critics_like():
         knows = -((obs[:, None] + 0.4 * action) ** 2)[..., 0]
         return torch.stack([knows, 100.0 * (action[..., 0] == 1)])
 
-    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", eval_episodes=50, eval_draws=7)
+    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", device="cpu", eval_episodes=50, eval_draws=7)
     returns = simpo_neg.evaluate(Policy(), critic, args)
     # From |x| <= 1 the best of the three brings x to within 0.2 in at most two steps and keeps it there.
     assert returns.shape == (50,) and returns.min() > -(0.6**2) - 9 * 0.2**2 - 1e-6
@@ -52,7 +52,7 @@ def test_evaluation_is_in_the_native_reward(monkeypatch):
 
     monkeypatch.setattr(simpo_neg, "make_env", one_step)
     policy = simpo_neg.DiffusionPolicy(17, 6, 8, "dpm", 3)
-    args = simpo_neg.Args(env_id="dm_control/cheetah-run-v0", reward_landscape="sqrt", eval_episodes=2)
+    args = simpo_neg.Args(env_id="dm_control/cheetah-run-v0", device="cpu", reward_landscape="sqrt", eval_episodes=2)
     simpo_neg.evaluate(policy, simpo_neg.Critic(17, 6, 8), args)
     assert kinds == [False, False]
 
@@ -64,9 +64,9 @@ def test_only_the_first_episode_of_each_environment_counts():
         def sample(self, obs, num_actions, generator):
             return torch.zeros(len(obs), 1, 1)
 
-    args = simpo_neg.Args(env_id="small_envs:Terminal-v0", eval_episodes=3)
+    args = simpo_neg.Args(env_id="small_envs:Terminal-v0", device="cpu", eval_episodes=3)
     assert simpo_neg.evaluate(Policy(), lambda obs, action: torch.zeros(2, 3, 1), args).tolist() == [1, 1, 1]
-    args = simpo_neg.Args(env_id="small_envs:RandomLength-v0", eval_episodes=40)
+    args = simpo_neg.Args(env_id="small_envs:RandomLength-v0", device="cpu", eval_episodes=40)
     returns = simpo_neg.evaluate(Policy(), lambda obs, action: torch.zeros(2, 40, 1), args)
     assert set(returns) == set(range(1, 10))  # its return is its length
 

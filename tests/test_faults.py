@@ -129,12 +129,13 @@ def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path,
     assert not differences(results(tmp_path / "calm"), results(tmp_path / "run"))
 
 
-def test_a_loss_is_not_finite(run_in, monkeypatch):
-    calls, mse_loss = iter(range(1, 10**9)), torch.nn.functional.mse_loss
-    broken = lambda q, target: mse_loss(q, target) * (float("nan") if next(calls) == 30 else 1)  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "mse_loss", broken)
+@pytest.mark.parametrize("function, name", [("mse_loss", "critic_loss"), ("one_hot", "policy_loss")])
+def test_a_loss_is_not_finite(run_in, monkeypatch, function, name):
+    calls, whole = iter(range(1, 10**9)), getattr(torch.nn.functional, function)
+    broken = lambda *inputs: whole(*inputs) * (float("nan") if next(calls) == 30 else 1)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, function, broken)
     run_dir, code = run_in("run", "simpo_neg", *FLAGS)
-    assert code.startswith("stopped at step 250: critic_loss is not finite; --resume runs/")
+    assert code.startswith(f"stopped at step 250: {name} is not finite; --resume runs/")
     state = simpo_neg.load(run_dir / "checkpoint.pt")
     assert state["global_step"] == 240
     assert all(x.isfinite().all() for part in ("policy", "critic") for x in state[part].values())

@@ -1,11 +1,13 @@
 """Compiled is what eager is; bfloat16 changes draws and losses by no more than its rounding, and where it is chosen."""
 
 import copy
+import csv
 import runpy
 
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from test_weights import DEVICES
 
 import simpo_neg
 
@@ -80,3 +82,17 @@ def test_the_default_is_bfloat16_where_it_is_faster(monkeypatch, script, cpu, dt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args = runpy.run_path(str(ROOT / script))["Args"]
     assert dtype == (args.policy_dtype if script == "simpo_neg.py" else args.sampling_dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_of_default_precision_goes_on_and_is_evaluated_on_a_cpu(run_script, device):
+    """Compiled on a GPU, where this is the only test of a whole run."""
+    flags = "--env-id small_envs:PointMass-v0 --hidden-dim 32 --learning-starts 100 --eval-every 100 --eval-episodes 5"
+    flags = [*flags.split(), "--device", device, "--compile" if device == "cuda" else "--no-compile"]
+    run_dir = run_script("simpo_neg", *flags, "--total-timesteps", 200)
+    run_script("simpo_neg", "--resume", run_dir.resolve(), "--total-timesteps", 300)
+    with open(run_dir / "eval.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["100", "200", "300"]
+    with pytest.raises(SystemExit) as end:
+        run_script("simpo_neg", "--evaluate", run_dir.resolve(), "--device", "cpu", "--policy-dtype", "float32")
+    assert not end.value.code

@@ -68,6 +68,7 @@ def test_signals_end_it_in_order_and_resume_makes_the_same(run_in, monkeypatch, 
         assert code == 128 + signum and number <= len(calls) < number + 5  # 5 environments: within one step
         flags = ["--resume", run_dir]
     state = read_checkpoint(tmp_path / "stopped")
+    assert len(state["rows"]) == 150  # the buffer, which has come round
     assert state["global_step"] == 270 and state["evaluations"][-1]["step"] == 180
     assert run_in("stopped", "simpo_neg", *flags)[1] is None
     assert not differences(results(tmp_path / "calm"), results(tmp_path / "stopped"))
