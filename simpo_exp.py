@@ -87,7 +87,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: see --policy-dtype
+    device: str = "cuda" if GPU else "cpu"  # cpu (beside a GPU: --policy-dtype float32, too), cuda, cuda:1, ...
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
     compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
 

@@ -93,9 +93,7 @@ if __name__ == "__main__":
     runs = [read(folder) for folder in args.runs]
     for folder, (_, _, judged) in zip(args.runs, runs, strict=True):
         if judged != runs[0][2]:
-            raise SystemExit(
-                f"{folder} has other models than {args.runs[0]}, or was judged otherwise; see its args.json"
-            )
+            raise SystemExit(f"{folder} has other models than {args.runs[0]}, or was judged otherwise: see args.json")
     rows = {}
     for folder, (found, _, _) in zip(args.runs, runs, strict=True):
         for row in found:

@@ -60,11 +60,8 @@ class Args:
 
 def label(script, flags):
     """A method's name: the script with the flags that it has neither from the frame nor from the task."""
-    launched = [
-        Path(flag[len("script=") :]).stem.removeprefix("baselines-")
-        for flag in flags.split()
-        if flag.startswith("script=")
-    ]
+    paths = [Path(flag.removeprefix("script=")) for flag in flags.split() if flag.startswith("script=")]
+    launched = [path.stem.removeprefix("baselines-") for path in paths]
     own = [flag for flag in flags.split() if flag not in OURS and not flag.startswith(("script=", *TASK))]
     return " ".join([*(launched or [script]), *own])
 

@@ -75,9 +75,8 @@ def train(folder, command, cpus, gpus):
             shutil.rmtree(folder / "runs", ignore_errors=True)
         print(f"$ {shlex.join(command)}", file=log, flush=True)
         # A watcher reads a pipe that this worker alone holds: when it dies, the training gets SIGTERM, saves and stops.
-        shell = (
-            'exec FD<&0; "$@" </dev/null FD<&- & run=$!; { read -r _ <&FD; kill -TERM $run; } 2>/dev/null & watch=$!; '
-        )
+        shell = 'exec FD<&0; "$@" </dev/null FD<&- & run=$!; '
+        shell += "{ read -r _ <&FD; kill -TERM $run; } 2>/dev/null & watch=$!; "
         shell += "exec FD<&-; wait $run; code=$?; kill $watch 2>/dev/null; exit $code"
         shell = shell.replace("FD", "4" if lock.fileno() == 3 else "3")
         options = dict(cwd=folder, env=env, pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is not for it
