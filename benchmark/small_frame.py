@@ -29,6 +29,7 @@ PAPER = {  # its names of the weightings
 }
 NAMES = PAPER | {  # in a picture's legend
     **{"classic algo=random": "random actions", "classic algo=sac": "SAC", "gempo_jax": "authors' JAX"},
+    **{"classic algo=td3": "TD3", "classic algo=ppo": "PPO"},
     "simpo_noise": "Lin. Neg., errors times alpha_t^2",
     "simpo_noise_but_1": "Lin. Neg., the same, but times 1 at t = 1",
     **{"simpo_orthogonal": "Lin. Neg., orthogonal", "simpo_unclipped": "Lin. Neg., particles not clipped"},
