@@ -8,7 +8,8 @@ import textwrap
 import pytest
 from conftest import ROOT
 
-PAGES = ["README.md", "benchmark/README.md", "benchmark/bandit/README.md", "docs/departures.md", "docs/paper_beside_code.md"]
+PAGES = ["README.md", "benchmark/README.md", "benchmark/bandit/README.md"]
+PAGES += ["docs/departures.md", "docs/paper_beside_code.md"]
 PAPER = (ROOT / "docs/paper_beside_code.md").read_text()
 EXCERPTS = re.findall(r"^\[`\S+`\]\(\.\./(\S+)\), `(\S+)`:\n\n```python\n((?:.*\n)*?)```", PAPER, flags=re.M)
 
