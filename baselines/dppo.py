@@ -61,7 +61,7 @@ class Args:
     landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
     total_timesteps: Count = 1_000_000  # environment steps, all environments together
     num_envs: Count = 5  # parallel environments
-    seed: Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32] = 1  # of networks, environments, all draws
+    seed: Annotated[int, "from 0 to 2^31 - 1", lambda n: 0 <= n < 2**31] = 1  # of networks, environments, all draws
 
     # DPPO
     rollout_steps: Count = 1000  # steps of each environment per iteration; what is left in the end trains nothing
@@ -370,7 +370,7 @@ if __name__ == "__main__":
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
-        raise SystemExit(f"--device {args.device}: {str(error)[:60].splitlines()[0]}; new runs: --device cpu") from None
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))

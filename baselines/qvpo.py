@@ -64,7 +64,7 @@ class Args:
     landscape_c: Positive = 3.0  # steepness c of the exp landscape, (e^{c z} - 1) / (e^c - 1)
     total_timesteps: Count = 1_000_000  # environment steps, all environments together
     num_envs: Count = 5  # parallel environments
-    seed: Annotated[int, "from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32] = 1  # of networks, environments, all draws
+    seed: Annotated[int, "from 0 to 2^31 - 1", lambda n: 0 <= n < 2**31] = 1  # of networks, environments, all draws
 
     # QVPO
     weights: Literal["adv", "cut"] = "adv"  # of the best draw: max(Q - V, 0), or Q where it is above 1
@@ -83,7 +83,7 @@ class Args:
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
     learning_starts: Natural = 5_000  # environment steps with uniformly random actions before the first update
-    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    buffer_size: Count = 1_000_000  # transitions in the replay buffer; --resume is exact if running episodes fit
     policy_lr: Positive = 3e-4  # learning rate of the policy at the start
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
@@ -370,7 +370,7 @@ if __name__ == "__main__":
     try:
         generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
     except RuntimeError as error:
-        raise SystemExit(f"--device {args.device}: {str(error)[:60].splitlines()[0]}; new runs: --device cpu") from None
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop_signals else stop_signals.append(number))
