@@ -216,7 +216,7 @@ def reweight(q, temperature, power, epsilon):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
 
     g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), temperature, power > 0, epsilon >= 0;
-    returns weights (..., K) and nu (..., 1) in q's dtype. No gradient flows through it.
+    returns weights (..., K) and nu (..., 1) in q's dtype. Another g needs another y_max, with mean g(y_max - gap) = 1.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)

@@ -215,7 +215,7 @@ def reweight(q, temperature, power):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (5), (6), appendix E.
 
     g(y) = max(y, 0)^power. Finite q (..., K), temperature, power > 0; returns weights (..., K) and nu (..., 1) in q's
-    dtype. No gradient flows through it.
+    dtype. Another g needs another y_max, with mean g(y_max - gap) = 1: bisect it.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
