@@ -122,13 +122,14 @@ def test_flags_and_tests_that_are_named_exist(page):
     assert set(re.findall(r"`(test_\w+)`", text)) <= set(re.findall(r"def (test_\w+)", tests))
 
 
-def test_the_policy_in_your_own_script_runs(monkeypatch):
+def test_the_policy_in_your_own_script_runs(monkeypatch, tmp_path):
     """The README's lines load what was trained: 200 steps of HalfCheetah return hundreds, untrained ones below 0."""
     (code,) = re.findall("^```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     monkeypatch.chdir(ROOT)
     own = {}
     exec(code, own)
     assert own["action"].shape == (1, 6)
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log file where it is
     env, total, generator = gym.make("HalfCheetah-v4"), 0.0, torch.Generator().manual_seed(1)
     obs, _ = env.reset(seed=1)
     for _ in range(200):
