@@ -150,7 +150,7 @@ def test_train_speed_takes_the_median_per_update_of_the_second_half(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag, why", [("num-particles=0", "--num-particles must be at least 1"), ("eval-every=9", "eval-every=9: env_id, ")]
+    "flag, why", [("num-particles=1", "--num-particles must be at least 2"), ("eval-every=9", "eval-every=9: env_id, ")]
 )
 def test_train_speed_says_why_a_script_failed(flag, why):
     command = [sys.executable, "benchmark/train_speed.py", f"simpo_neg.py {flag}"]
