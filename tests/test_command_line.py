@@ -13,7 +13,7 @@ BASELINES = [f"baselines/{name}" for name in ("qvpo", "qsm", "sdac", "dipo", "da
 PENDULUM = "--env-id Pendulum-v1 --no-compile --total-timesteps 10 --hidden-dim 8 --eval-every 0".split()
 
 BAD = [
-    ("--num-particles 0", "--num-particles must be at least 1; got 0"),
+    ("--num-particles 1", "--num-particles must be at least 2; got 1"),
     ("--num-particles 1", "--target-kl must be above 0 and below log(num_particles) = 0.00; got 1.5"),
     ("--num-particles 4", "--target-kl must be above 0 and below log(num_particles) = 1.39; got 1.5"),
     ("--target-kl 3.5", "--target-kl must be above 0 and below log(num_particles) = 3.47"),
@@ -41,7 +41,6 @@ BAD = [
     ("--env-id small_envs:IntegerActions-v0", "must be continuous, 1-D bounded actions"),
     ("--env-id :x", "--env-id :x: Empty module name"),
     ("--env-id Hopper-v4 --reward-landscape exp", "--env-id must be dm_control/cheetah-run-v0 or"),
-    ("--num-particles 1", "--num-particles must be at least 2"),
     ("--device nonsense", "--device nonsense"),
     ("--evaluate runs/nothing", "runs/nothing/checkpoint.pt cannot be used"),
     ("--resume runs/nothing", "runs/nothing/checkpoint.pt cannot be used"),
