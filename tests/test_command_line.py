@@ -14,7 +14,6 @@ PENDULUM = "--env-id Pendulum-v1 --no-compile --total-timesteps 10 --hidden-dim 
 
 BAD = [
     ("--num-particles 1", "--num-particles must be at least 2; got 1"),
-    ("--num-particles 1", "--target-kl must be above 0 and below log(num_particles) = 0.00; got 1.5"),
     ("--num-particles 4", "--target-kl must be above 0 and below log(num_particles) = 1.39; got 1.5"),
     ("--target-kl 3.5", "--target-kl must be above 0 and below log(num_particles) = 3.47"),
     ("--target-kl nan", "--target-kl must be above 0 and below log(num_particles) = 3.47"),
