@@ -51,6 +51,7 @@ TASK = "action-repeat=", "reward-landscape="  # flags that make another task
 @dataclass
 class Args:
     env_ids: tuple[str, ...] = ()  # none: all tasks of --csv
+    seeds: tuple[int, ...] = ()  # none: all; of some of them nothing is drawn
     csv: Path = HERE / "small_frame.csv"  # method, env_id, seed, step, mean
     last: int = 1  # a run's return is the mean of so many evaluations, its last ones
     cost: Path = HERE / "cost.csv"  # script, flags, milliseconds per update
@@ -182,11 +183,11 @@ if __name__ == "__main__":
     env_ids = args.env_ids or sorted({env_id for _, env_id, _ in runs})
     curves = {env_id: defaultdict(dict) for env_id in env_ids}  # task -> method -> seed -> step -> return
     for (method, env_id, seed), curve in sorted(runs.items()):
-        if env_id in curves:
+        if env_id in curves and (not args.seeds or seed in args.seeds):
             curves[env_id][method][seed] = curve
     for env_id, methods in curves.items():
         if not methods:
-            raise SystemExit(f"{args.csv} has no run of {env_id}, which --env-ids names")
+            raise SystemExit(f"{args.csv} has no run of {env_id}, or none with these --seeds")
         if len(ends := {max(curve) for seeds in methods.values() for curve in seeds.values()}) > 1:
             raise SystemExit(f"{args.csv}: runs of {env_id} end at different steps, {sorted(ends)}")
     if not args.cost.exists():
@@ -228,4 +229,5 @@ if __name__ == "__main__":
         samples = [np.array(list(last[env_id][method].values())) for method in (one, other) for env_id in last]
         value, low, high = stats.interval(stats.improvement, *samples)
         print(f"{len(last)} tasks: chance that {one} beats {other} {value:.2f} [{low:.2f}, {high:.2f}]")
-    draw(curves, minutes, args.csv.with_suffix(".png"))
+    if not args.seeds:
+        draw(curves, minutes, args.csv.with_suffix(".png"))

@@ -55,6 +55,9 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
     lines = small_frame(tmp_path, "Pendulum-v1", "--minutes=3").stdout.splitlines()
     assert "simpo_neg, 600.0 ms per update, within 3.0 minutes: 8 [-5, 21]" in lines  # done after 2
     assert "simpo_neg power=2, 1200.0 ms per update, within 3.0 minutes: 5 [-1, 12]" in lines  # 5.75 and 4.75
+    (tmp_path / "out.png").unlink()
+    result = small_frame(tmp_path, "Pendulum-v1", "--seeds", "2")
+    assert "simpo_neg: 9; 9" in result.stdout and not (tmp_path / "out.png").exists()
     result = small_frame(tmp_path, "Pendulum-v1", "--minutes=-1")
     assert result.returncode == 1 and result.stderr == "--minutes -1.0: it must be 0 or more\n"
     result = small_frame(tmp_path, "Pendulum-v1", "--last=0")
