@@ -225,7 +225,8 @@ def reweight(q, temperature, power, epsilon):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
 
     g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), temperature, power > 0, epsilon >= 0;
-    returns weights (..., K) and nu (..., 1) in q's dtype. Another g needs another y_max, with mean g(y_max - gap) = 1.
+    returns weights (..., K) and nu (..., 1) in q's dtype.
+    For another g the branches do not hold: bisect y_max until g(y_max - gap), which rises in it, has mean 1.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
@@ -236,7 +237,7 @@ def reweight(q, temperature, power, epsilon):
 
     sorted_gap = gap.sort(-1).values
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
-    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)  # K is lambda in (24), (25), lambda^2 in (28), (29)
+    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)  # (24)-(29): q = -gap, S1 = -s1, nu = -y_max, sum w = K
     if power == 1:
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25), with the floor
         y_max = (K + (K - k) * epsilon + s1) / k  # (24), if k actions are above the floor, for each k

@@ -62,8 +62,8 @@ class Args:
     temperature: NonNegative = 0.0  # lambda at the start, then tuned by (30); 0: where the first weights meet delta
     temperature_lr: Positive = 3e-3  # learning rate of log lambda
     old_policy_interval: Count = 1000  # updates between two refreshes of the frozen old policy pi_old
-    particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, in units of half the action range
-    error_clip: Positive = 5.0  # largest squared error per dimension, over (pi/2)^2; no gradient beyond it
+    particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, which are in [-1, 1]; paper: none
+    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2, no gradient beyond; paper: none
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
@@ -155,7 +155,7 @@ class DiffusionPolicy(nn.Module):
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h_i / (2 h_{i+1}); 0 in steps T-1, T-2 (first) and 0
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h / (2 h before); 0: the first two steps, the last
         coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6), row i for t_{i+1}
         angles = t[:, None] * torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))  # (T, 32)
         self.register_buffer("step_coefficients", coefficients.float(), persistent=False)
@@ -177,7 +177,7 @@ class DiffusionPolicy(nn.Module):
 
     @torch.compile(dynamic=False)
     def loss(self, obs, action, weights, i, noise, error_clip):
-        """Velocity matching (7), times (2/pi)^2 / A: obs (B, S), action, noise (B, K, A), weights, row i (B, K)."""
+        """(7) times (2/pi)^2 / A, errors clipped: obs (B, S), action, noise (B, K, A), weights, row i of t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
         one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
@@ -190,7 +190,7 @@ class DiffusionPolicy(nn.Module):
     def denoise(self, obs, noise):
         """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        noisy_action, action_0_before = noise[0], 0.0  # a_1; step 0 adds no noise, so that row 0 is free
+        noisy_action, action_0_before = noise[0], 0.0  # a_1; noise[i] is for step i > 0, step 0 adds none
         for i in reversed(range(len(time_embedding))):
             alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
             velocity = self.velocity(noisy_action, obs_embedding + time_embedding[i])
@@ -216,7 +216,8 @@ def reweight(q, temperature, power, epsilon):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
 
     g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), temperature, power > 0, epsilon >= 0;
-    returns weights (..., K) and nu (..., 1) in q's dtype. Another g needs another y_max, with mean g(y_max - gap) = 1.
+    returns weights (..., K) and nu (..., 1) in q's dtype.
+    For another g the branches do not hold: bisect y_max until g(y_max - gap), which rises in it, has mean 1.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
@@ -227,7 +228,7 @@ def reweight(q, temperature, power, epsilon):
 
     sorted_gap = gap.sort(-1).values
     k = torch.arange(1, K + 1, device=q.device, dtype=torch.float64)
-    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)  # K is lambda in (24), (25), lambda^2 in (28), (29)
+    s1, s2 = sorted_gap.cumsum(-1), (sorted_gap**2).cumsum(-1)  # (24)-(29): q = -gap, S1 = -s1, nu = -y_max, sum w = K
     if power == 1:
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25), with the floor
         y_max = (K + (K - k) * epsilon + s1) / k  # (24), if k actions are above the floor, for each k
@@ -550,7 +551,7 @@ if __name__ == "__main__":
             noise = torch.randn(particles.shape, generator=generator, device=device)
             policy_loss = policy.loss(batch_obs, particles, weights, i, noise, args.error_clip)
 
-            # Temperature (30): Adam on log lambda, so that lambda > 0, with the gradient in lambda, delta - KL.
+            # Temperature (30): Adam on log lambda, so that lambda > 0, but with the gradient in lambda, delta - KL.
             temperature_loss = log_temperature * (args.target_kl - kl(weights))
             check_finite(policy_loss=policy_loss, temperature_loss=temperature_loss)
             optimizer.zero_grad()

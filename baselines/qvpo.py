@@ -165,7 +165,7 @@ class DiffusionPolicy(nn.Module):
             from_t, std = sigma_u / sigma, torch.zeros(steps)
             from_0 = alpha_u - alpha * from_t
             h = torch.log(alpha_u / sigma_u) - torch.log(alpha / sigma)  # infinite at t = 1 (if exact) and u = 0
-            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h_i / (2 h_{i+1}); 0 in steps T-1, T-2 (first) and 0
+            extrapolate = F.pad(h[1:-2] / (2 * h[2:-1]), (1, 2))  # h / (2 h before); 0: the first two steps, the last
         coefficients = torch.stack([alpha, sigma, from_t, from_0, extrapolate, std], dim=1)  # (T, 6), row i for t_{i+1}
         angles = t[:, None] * torch.exp(torch.linspace(0, math.log(64), 32, dtype=torch.float64))  # (T, 32)
         self.register_buffer("step_coefficients", coefficients.float(), persistent=False)
@@ -187,7 +187,7 @@ class DiffusionPolicy(nn.Module):
 
     @torch.compile(dynamic=False)
     def loss(self, obs, action, weights, i, noise, error_clip):
-        """Velocity matching (7), times (2/pi)^2 / A: obs (B, S), action, noise (B, K, A), weights, row i (B, K)."""
+        """(7) times (2/pi)^2 / A, errors clipped: obs (B, S), action, noise (B, K, A), weights, row i of t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
         one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, K, H)
@@ -200,7 +200,7 @@ class DiffusionPolicy(nn.Module):
     def denoise(self, obs, noise):
         """From t = 1 to 0: obs (B, S), noise (1 for dpm or T for ddpm, B, K, A) -> actions (B, K, A) in [-1, 1]."""
         obs_embedding, time_embedding = self.embed(obs)  # always in float32: observations may be large
-        noisy_action, action_0_before = noise[0], 0.0  # a_1; step 0 adds no noise, so that row 0 is free
+        noisy_action, action_0_before = noise[0], 0.0  # a_1; noise[i] is for step i > 0, step 0 adds none
         for i in reversed(range(len(time_embedding))):
             alpha, sigma, from_t, from_0, extrapolate, std = self.step_coefficients[i]
             velocity = self.velocity(noisy_action, obs_embedding + time_embedding[i])
