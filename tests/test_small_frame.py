@@ -1,6 +1,7 @@
-"""small_frame.py on a sweep worked out by hand; train_speed.py on known clocks; inside.py on known scalars."""
+"""small_frame.py on a sweep worked out by hand; the others on known clocks and scalars."""
 
 import csv
+import runpy
 import subprocess
 import sys
 
@@ -194,3 +195,36 @@ def test_inside_refuses_what_is_no_run_and_keeps_what_was_there(tmp_path, name, 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and f"{tmp_path / name} is no run of simpo_*.py" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and (tmp_path / "inside.csv").read_text() == "kept"
+
+
+def beside_jax(folder, monkeypatch, said):
+    """Runs it where said(command) is what each program prints."""
+    monkeypatch.setattr(subprocess, "run", lambda what, **_: subprocess.CompletedProcess(what, 0, said(what), ""))
+    command = ["beside_jax.py", *map(str, [folder, sys.executable]), "--csv", str(folder / "speed.csv"), "--machine=M"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "benchmark/beside_jax.py"), run_name="__main__")
+
+
+def test_beside_jax_takes_medians_over_turns(tmp_path, monkeypatch, capsys):
+    def said(turn):
+        def of(command):
+            command = list(map(str, command))
+            if "jax_speed.py" in command[1]:
+                size = command[-2:]
+                assert size in (["17", "6"], ["376", "17"])
+                return f"{100 * turn * (1 + (size[0] == '376'))} ms, median of 8 (the first two compile and warm up)\n"
+            part = 10 if "--solver" in command else 5
+            return f"weights 9.00 ms\nall parts      {part * turn:.2f} ms\nits products    3.00 ms, measured\n"
+
+        return of
+
+    for turn in (1, 2, 6):
+        beside_jax(tmp_path, monkeypatch, said(turn))
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    assert any(x.split() == "HalfCheetah-v4 the authors' JAX 100, 200, 600 ms, 1.00 of JAX's".split() for x in lines)
+    assert any(x.split() == "HalfCheetah-v4 float32 5, 10, 30 ms, 0.05 of JAX's".split() for x in lines)
+    assert any(x.split() == "Humanoid-v4 float32, ddpm 10, 20, 60 ms, 0.05 of JAX's".split() for x in lines)
+    before = (tmp_path / "speed.csv").read_text()
+    with pytest.raises(SystemExit, match="jax_speed.py .* failed: no flowrl"):
+        beside_jax(tmp_path, monkeypatch, lambda command: "no flowrl")
+    assert (tmp_path / "speed.csv").read_text() == before
