@@ -60,7 +60,7 @@ class Args:
     temperature_lr: Positive = 3e-3  # learning rate of log lambda
     old_policy_interval: Count = 1000  # updates between two refreshes of the frozen old policy pi_old
     particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, which are in [-1, 1]; paper: none
-    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2, no gradient beyond; paper: none
+    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2; paper: none: may diverge if any w < 0
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)

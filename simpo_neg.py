@@ -3,7 +3,7 @@
 Paper: "SiMPO: Measure Matching for Online Diffusion Reinforcement Learning", arXiv 2603.10250 (newer name: GeMPO).
 Top to bottom: twin critics; the diffusion policy with its weighted matching loss (7) and its sampler; the weights (9)
 with the negative floor (11) and their normaliser (appendix E); environments, replay buffer, evaluation, checkpoints;
-Algorithm 1 with the temperature rule (30). Where weights given a_t average below 0 (case II), error_clip bounds (7).
+Algorithm 1 with the temperature rule (30). In case II, E[w | a_t] < 0, (7) has no lower bound: see error_clip.
 
     python simpo_neg.py --env-id Humanoid-v4 --epsilon 0.5
 """
@@ -63,7 +63,7 @@ class Args:
     temperature_lr: Positive = 3e-3  # learning rate of log lambda
     old_policy_interval: Count = 1000  # updates between two refreshes of the frozen old policy pi_old
     particle_noise: NonNegative = 0.2  # std of the Gaussian added to the K actions, which are in [-1, 1]; paper: none
-    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2, no gradient beyond; paper: none
+    error_clip: Positive = 5.0  # limit of a squared error of (7) over (pi/2)^2; paper: none: may diverge if any w < 0
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
