@@ -439,7 +439,7 @@ if __name__ == "__main__":
         run = dict(project=args.wandb_project, id=run_dir.name.replace(":", "-"), config=asdict(args), dir=run_dir)
         wandb.init(**run, name=run_dir.name, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: no account
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)  # hides what will come again
-    print(f"{run_dir} on {device}, policy in {dtype}, {'compiled' if args.compile else 'not compiled'}")
+    print(f"{run_dir} on {device}, policy in {dtype}, compile={args.compile}, learns every {len(buffer.rows)} steps")
 
     def check_finite(**quantities):
         for name, value in quantities.items():

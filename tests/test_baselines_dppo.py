@@ -358,6 +358,7 @@ returns = evaluate(policy, critic, args)
 for i, (env, length) in enumerate(zip(envs.envs, saved["lengths"], strict=True)):
 rows = torch.arange(-length, 0) * args.num_envs + buffer.added + i
 for action in buffer.rows[rows % len(buffer.rows), 2 * obs_dim : -2].cpu().numpy():
+print(f"{run_dir} on {device}, policy in {dtype}, compile={args.compile}, learns after step {args.learning_starts}")
 returns = evaluate(policy, critic, args, stop_signals)
 next_obs, reward, terminated, truncated, infos = envs.step(action.cpu().numpy())
 obs, done = next_obs, terminated | truncated
