@@ -138,7 +138,7 @@ def reweight(q, temperature, power, epsilon=0.0):
         active = k * sorted_gap - s1 < K * (1 + epsilon)  # (25)
         y_max = (K + (K - k) * epsilon + s1) / k  # (24), with k of the K actions above the floor
         y_max = y_max.gather(-1, active.sum(-1, keepdim=True) - 1)
-        weights = torch.where(y_max - gap > -epsilon, y_max - gap, -epsilon)
+        weights = (y_max - gap).clamp(min=-epsilon)
     elif power == 2:
         active = s2 - 2 * sorted_gap * s1 + k * sorted_gap**2 < K  # (29)
         y_max = (s1 + (s1**2 - k * (s2 - K)).clamp(min=0).sqrt()) / k  # (28)

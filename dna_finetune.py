@@ -84,7 +84,7 @@ class Args:
 
     # oracles
     oracle_width: Count = 64  # channels of the oracles that are trained here
-    oracle_epochs: Count = 20  # passes over the oracle's part of the data
+    oracle_epochs: Count = 20  # rows drawn, in multiples of the oracle's part of the data
     oracle_lr: Positive = 2e-3  # learning rate of the oracles, falling to a tenth along a cosine
 
     # SiMPO: the same for every method; the authors' code has 500 rounds of 4 groups of K = 128, 1 update, lr 1e-4
@@ -417,7 +417,7 @@ def simulate(count, length, seed):
 
 
 def read_table(flag, path, columns):
-    """Sequences (N, L) uint8 and the named columns (N, columns) of a .csv[.gz], one row in memory at a time.
+    """Sequences (N, L) uint8 and the named columns (N, columns), float64, of a .csv[.gz], one row in memory at a time.
 
     Malformed rows are left out and reported; SystemExit with one line where the file is of no use.
     """
@@ -453,7 +453,8 @@ def read_table(flag, path, columns):
         raise SystemExit(f"{flag} {path}: no row is left; {f'the first malformed: {bad[0]}' if bad else 'it is empty'}")
     if bad:
         print(f"{path}: {len(bad)} malformed rows left out, the first at {bad[0]}")
-    return torch.frombuffer(tokens, dtype=torch.uint8).view(-1, length), torch.tensor(values).view(-1, len(columns))
+    x = torch.frombuffer(tokens, dtype=torch.uint8).view(-1, length)
+    return x, torch.tensor(values, dtype=torch.float64).view(-1, len(columns))
 
 
 def read_data(args):
@@ -463,7 +464,7 @@ def read_data(args):
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
-        y, origin = values[:, 0], ["file", sha256(args.data), args.target, args.split_column, args.seed]
+        y, origin = values[:, 0].float(), ["file", sha256(args.data), args.target, args.split_column, args.seed]
         if len(x) < 100:
             raise SystemExit(f"--data {args.data}: {len(x)} rows; at least 100 are needed")
     else:
@@ -726,9 +727,9 @@ if __name__ == "__main__":
         open_x, open_y = read_table("--accessibility", args.accessibility, [args.accessibility_column])
         if open_x.shape[1] != length:
             raise SystemExit(f"--accessibility {args.accessibility}: {open_x.shape[1]} bases, the data has {length}")
-        if not torch.isin(open_y, torch.tensor([0.0, 1.0])).all():
+        if not ((open_y == 0) | (open_y == 1)).all():
             raise SystemExit(f"--accessibility {args.accessibility}: {args.accessibility_column} must be 0 or 1")
-        data["accessibility"] = open_x, open_y[:, 0], [sha256(args.accessibility), args.accessibility_column]
+        data["accessibility"] = open_x, open_y[:, 0].float(), [sha256(args.accessibility), args.accessibility_column]
         files["accessibility"] = ""
     kinds = dict.fromkeys(files, "oracle") | {"pretrained": "denoiser"}
     for name in filter(files.get, files):
@@ -753,7 +754,7 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir)
     print(f"{run_dir} on {device}, sequences drawn in {args.sampling_dtype}: {len(x)} of {length} bases")
 
-    def settings(names):
+    def flags(names):
         return {name: getattr(args, name) for name in names.split()}
 
     def log(tag, curve):
@@ -763,12 +764,12 @@ if __name__ == "__main__":
 
     # Stages that all methods and seeds share: the denoiser on all but the held-out data, and the oracles.
     if not files["pretrained"]:
-        made_of = [origin, settings("width stacks pretrain_steps pretrain_batch pretrain_lr ema seed")]
+        made_of = [origin, flags("width stacks pretrain_steps pretrain_batch pretrain_lr ema seed")]
         train = x[torch.cat([for_reward, for_eval])].to(device)
         files["pretrained"] = stage("pretrained", made_of, pretrain, x=train, args=args)
     for name, (oracle_x, oracle_y, oracle_origin) in data.items():
         if not files[name]:
-            made_of = [oracle_origin, settings("oracle_width oracle_epochs oracle_lr seed")]
+            made_of = [oracle_origin, flags("oracle_width oracle_epochs oracle_lr seed")]
             inputs = dict(x=oracle_x.to(device), y=oracle_y.to(device), classifier=name == "accessibility", args=args)
             files[name] = stage(name, made_of, train_oracle, **inputs)
     files = {name: str(path) for name, path in files.items() if path}
@@ -782,8 +783,8 @@ if __name__ == "__main__":
 
     # Fine-tuning and evaluation of every method with every seed.
     tuned_by = "num_particles temperature_rule target_kl temperature rounds updates elbo_draws lr grad_norm loss_clip"
-    tuned_by = settings(f"{tuned_by} kl_weight samples_from sampling_steps sampling_dtype")
-    evaluated_by = settings("top_share sampling_steps eval_samples eval_elbo_draws seed sampling_dtype")
+    tuned_by = flags(f"{tuned_by} kl_weight samples_from sampling_steps sampling_dtype")
+    evaluated_by = flags("top_share sampling_steps eval_samples eval_elbo_draws seed sampling_dtype")
     judges = {} if args.data else dict(true_activity=true_activity)
     rows, curves = [], []
     for seed, method in itertools.product(range(args.seed, args.seed + args.seeds), ("pretrained", *args.methods)):

@@ -76,7 +76,7 @@ class Args:
 
     # diffusion and optimisation (table in appendix F)
     solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
-    diffusion_steps: Natural = 0  # denoising steps T, on the cosine schedule; 0: 8 (dpm) or 20 (ddpm)
+    diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
@@ -264,8 +264,7 @@ def make_env(args, training=False, video_folder=None):
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":
-        physics = env.unwrapped._env.physics
-        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
+        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(env.unwrapped._env.physics, args))
     return gym.wrappers.RecordEpisodeStatistics(env) if training else env
 
 
@@ -279,8 +278,7 @@ class ReplayBuffer:
     def add(self, *columns):
         """obs, next_obs, action, reward, terminated, one row per environment; the oldest rows make room."""
         where = torch.arange(self.added, self.added + len(columns[0]), device=self.rows.device) % len(self.rows)
-        columns = [torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns]
-        self.rows[where] = torch.cat([x.view(len(where), -1) for x in columns], dim=1)
+        self.rows[where] = torch.column_stack([torch.as_tensor(x).to(self.rows) for x in columns])
         self.added += len(where)
 
     def sample(self, batch_size, generator):
@@ -345,8 +343,8 @@ def load(path):
 if __name__ == "__main__":
     # Arguments. --resume and --evaluate take those of the run; flags given now win where they may change.
     args, script, saved = tyro.cli(Args, description=__doc__), Path(__file__).stem, {}
-    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
+    run_name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = Path(args.evaluate or args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-"))
     if args.evaluate or args.resume:
         saved = load(run_dir / "checkpoint.pt")
         if saved.get("script") != script or saved["args"].keys() != vars(args).keys():
@@ -423,7 +421,9 @@ if __name__ == "__main__":
 
     # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
     def report(kind, error, traceback):
-        why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the OSError
+        if stop_signals and "Inductor" in str(kind):  # Ctrl-C ends a running compiler, too
+            os._exit(128 + stop_signals[0])
+        why = error.__context__ if kind is RuntimeError else error  # torch.save hides the OSError
         if not isinstance(why, OSError) and "wandb" not in str(kind):
             return sys.__excepthook__(kind, error, traceback)
         print(f"\nstopped: {why}; once that is mended, start again, or --resume {run_dir}", file=sys.stderr)
@@ -435,7 +435,7 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        run = dict(project=args.wandb_project, id=run_dir.name.replace(":", "-"), config=asdict(args), dir=run_dir)
+        run = dict(project=args.wandb_project, id=run_dir.name, config=asdict(args), dir=run_dir)
         wandb.init(**run, name=run_dir.name, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: no account
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)  # hides what will come again
     print(f"{run_dir} on {device}, policy in {dtype}, compile={args.compile}, learns after step {args.learning_starts}")

@@ -74,7 +74,7 @@ class Args:
     min_std: Positive = 0.1  # least std of a denoising step in training, in units of half the action range
 
     # diffusion and optimisation
-    diffusion_steps: Count = 20  # denoising steps T, on the cosine schedule
+    diffusion_steps: Count = 20  # T: denoising steps, and the only times that are trained
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critic
     policy_lr: Positive = 1e-4  # learning rate of the policy
     critic_lr: Positive = 1e-3  # learning rate of the critic
@@ -275,8 +275,7 @@ def make_env(args, training=False, video_folder=None):
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":
-        physics = env.unwrapped._env.physics
-        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(physics, args))
+        env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(env.unwrapped._env.physics, args))
     return gym.wrappers.RecordEpisodeStatistics(env) if training else env
 
 
@@ -289,8 +288,7 @@ class RolloutBuffer:
 
     def add(self, *columns):
         """obs, next_obs, chain, reward, terminated, done, one row per environment."""
-        columns = [torch.as_tensor(x, dtype=torch.float32, device=self.rows.device) for x in columns]
-        rows = torch.cat([x.view(len(x), -1) for x in columns], dim=1)
+        rows = torch.cat([torch.as_tensor(x).to(self.rows).view(len(x), -1) for x in columns], dim=1)
         self.rows[self.added : self.added + len(rows)] = rows
         self.added += len(rows)
 
@@ -346,8 +344,8 @@ def load(path):
 if __name__ == "__main__":
     # Arguments. --resume and --evaluate take those of the run; flags given now win where they may change.
     args, script, saved = tyro.cli(Args, description=__doc__), Path(__file__).stem, {}
-    run_name = f"{args.env_id.replace('/', '-')}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run_dir = Path(args.evaluate or args.resume or f"runs/{run_name}")
+    run_name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = Path(args.evaluate or args.resume or "runs/" + run_name.replace("/", "-").replace(":", "-"))
     if args.evaluate or args.resume:
         saved = load(run_dir / "checkpoint.pt")
         if saved.get("script") != script or saved["args"].keys() != vars(args).keys():
@@ -424,7 +422,9 @@ if __name__ == "__main__":
 
     # The run's directory and logs. A file that cannot be written, or no account for --track, ends it with one line.
     def report(kind, error, traceback):
-        why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides the OSError
+        if stop_signals and "Inductor" in str(kind):  # Ctrl-C ends a running compiler, too
+            os._exit(128 + stop_signals[0])
+        why = error.__context__ if kind is RuntimeError else error  # torch.save hides the OSError
         if not isinstance(why, OSError) and "wandb" not in str(kind):
             return sys.__excepthook__(kind, error, traceback)
         print(f"\nstopped: {why}; once that is mended, start again, or --resume {run_dir}", file=sys.stderr)
@@ -436,7 +436,7 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        run = dict(project=args.wandb_project, id=run_dir.name.replace(":", "-"), config=asdict(args), dir=run_dir)
+        run = dict(project=args.wandb_project, id=run_dir.name, config=asdict(args), dir=run_dir)
         wandb.init(**run, name=run_dir.name, resume="allow", sync_tensorboard=True)  # WANDB_MODE=offline: no account
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if saved else None)  # hides what will come again
     print(f"{run_dir} on {device}, policy in {dtype}, compile={args.compile}, learns every {len(buffer.rows)} steps")

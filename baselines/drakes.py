@@ -295,7 +295,7 @@ def simulate(count, length, seed):
 
 
 def read_table(flag, path, columns):
-    """Sequences (N, L) uint8 and the named columns (N, columns) of a .csv[.gz], one row in memory at a time.
+    """Sequences (N, L) uint8 and the named columns (N, columns), float64, of a .csv[.gz], one row in memory at a time.
 
     Malformed rows are left out and reported; SystemExit with one line where the file is of no use.
     """
@@ -331,7 +331,8 @@ def read_table(flag, path, columns):
         raise SystemExit(f"{flag} {path}: no row is left; {f'the first malformed: {bad[0]}' if bad else 'it is empty'}")
     if bad:
         print(f"{path}: {len(bad)} malformed rows left out, the first at {bad[0]}")
-    return torch.frombuffer(tokens, dtype=torch.uint8).view(-1, length), torch.tensor(values).view(-1, len(columns))
+    x = torch.frombuffer(tokens, dtype=torch.uint8).view(-1, length)
+    return x, torch.tensor(values, dtype=torch.float64).view(-1, len(columns))
 
 
 def read_data(args):
@@ -341,7 +342,7 @@ def read_data(args):
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
-        y, origin = values[:, 0], ["file", sha256(args.data), args.target, args.split_column, args.seed]
+        y, origin = values[:, 0].float(), ["file", sha256(args.data), args.target, args.split_column, args.seed]
         if len(x) < 100:
             raise SystemExit(f"--data {args.data}: {len(x)} rows; at least 100 are needed")
     else:

@@ -124,8 +124,8 @@ if __name__ == "__main__":
     gym.logger.min_level = gym.logger.ERROR  # no warnings that the paper's v4 environments are outdated
     os.environ.setdefault("MUJOCO_GL", "disable")
     envs = DummyVecEnv([lambda: make_env(args, training=True)] * args.num_envs)
-    name = f"{args.env_id.replace('/', '-')}__classic__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    run_dir = Path("runs", name)
+    name = f"{args.env_id}__classic__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = Path("runs", name.replace("/", "-").replace(":", "-"))
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     evaluation = Evaluation(args, run_dir)

@@ -129,6 +129,22 @@ def test_what_the_environment_gives_is_not_finite(run_in, monkeypatch, tmp_path,
     assert not differences(results(tmp_path / "calm"), results(tmp_path / "run"))
 
 
+def test_an_error_of_the_environment_is_shown_whole(run_in, monkeypatch, capsys):
+    """Also one that was raised while it handled an OSError: only torch.save's hides what counts."""
+
+    def no_terrain(result):
+        try:
+            open("terrain.npy")
+        except FileNotFoundError:
+            raise ValueError("no terrain for level 7")
+
+    at_step(monkeypatch, 299, no_terrain)
+    run_dir, code = run_in("run", "simpo_neg", *FLAGS)
+    error = capsys.readouterr().err
+    assert code == 1 and "ValueError: no terrain for level 7" in error and "Traceback" in error
+    assert ":" not in run_dir.name  # of small_envs:PointMass-v0; Windows, scp and rsync take it for something else
+
+
 @pytest.mark.parametrize("function, name", [("mse_loss", "critic_loss"), ("one_hot", "policy_loss")])
 def test_a_loss_is_not_finite(run_in, monkeypatch, function, name):
     calls, whole = iter(range(1, 10**9)), getattr(torch.nn.functional, function)

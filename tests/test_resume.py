@@ -5,13 +5,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import small_envs
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 import simpo_neg
 from benchmark.kill_and_resume import differences, read_checkpoint, results, start
@@ -240,3 +242,19 @@ def test_an_environment_that_does_not_replay_is_said(run_in, monkeypatch):
     monkeypatch.setattr(small_envs.PointMass, "step", noisy)
     with pytest.warns(UserWarning, match="does not replay exactly"):
         assert run_in("run", "simpo_neg", "--resume", run_dir, "--total-timesteps", "180")[1] is None
+
+
+def test_ctrl_c_while_a_kernel_is_compiled(tmp_path):
+    """The terminal sends it to the compiler, too, which ends: no traceback, and the checkpoint of step 0 stays."""
+    flags = "--env-id Pendulum-v1 --device cpu --hidden-dim 32 --learning-starts 10 --eval-every 0".split()
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, ROOT / "simpo_neg.py", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    while process.poll() is None and not list(tmp_path.glob("cache/**/*.main.cpp")):
+        time.sleep(0.01)
+    time.sleep(1)  # its compiler runs for several seconds
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
+    assert read_checkpoint(tmp_path)["global_step"] == 0
