@@ -136,7 +136,7 @@ def test_an_error_of_the_environment_is_shown_whole(run_in, monkeypatch, capsys)
         try:
             open("terrain.npy")
         except FileNotFoundError:
-            raise ValueError("no terrain for level 7")
+            raise ValueError("no terrain for level 7") from None
 
     at_step(monkeypatch, 299, no_terrain)
     run_dir, code = run_in("run", "simpo_neg", *FLAGS)
