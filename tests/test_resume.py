@@ -247,13 +247,15 @@ def test_an_environment_that_does_not_replay_is_said(run_in, monkeypatch):
 def test_ctrl_c_while_a_kernel_is_compiled(tmp_path):
     """The terminal sends it to the compiler, too, which ends: no traceback, and the checkpoint of step 0 stays."""
     flags = "--env-id Pendulum-v1 --device cpu --hidden-dim 32 --learning-starts 10 --eval-every 0".split()
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    slow = tmp_path / "g++"  # so that the signal meets it, not what comes before or after
+    slow.write_text('#!/bin/sh\ncase "$*" in *.main.cpp*) touch compiles; sleep 60 ;; esac\nexec g++ "$@"\n')
+    slow.chmod(0o755)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(slow)}
     command = [sys.executable, ROOT / "simpo_neg.py", *flags]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
-    while process.poll() is None and not list(tmp_path.glob("cache/**/*.main.cpp")):
+    while process.poll() is None and not list(tmp_path.glob("**/compiles")):
         time.sleep(0.01)
-    time.sleep(1)  # its compiler runs for several seconds
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
