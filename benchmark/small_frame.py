@@ -118,6 +118,15 @@ def differences(returns):
             print(f"{one} minus {other}, {len(pairs)} seeds: {mean(pairs)}")
 
 
+def floor(returns):
+    """Prints what the floor changes, the mean of both powers, over the seeds that all four methods have."""
+    by_power = [[returns.get(name + power, {}) for name in ("simpo_neg", "simpo_power")] for power in ("", " power=2")]
+    seeds = set.intersection(*(set(seeds) for methods in by_power for seeds in methods))
+    if len(seeds) > 1:
+        values = [np.mean([neg[seed] - positive[seed] for neg, positive in by_power]) for seed in seeds]
+        print(f"the floor, mean of both powers, {len(seeds)} seeds: {mean(values)}")
+
+
 def draw(curves, minutes, path):
     """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
 
@@ -208,6 +217,7 @@ if __name__ == "__main__":
         for method, returns in last[env_id].items():
             print(f"{method}: {', '.join(f'{x:.0f}' for x in returns.values())}; {mean(list(returns.values()))}")
         differences(last[env_id])
+        floor(last[env_id])
 
         # Returns at equal computing time; a method that is done before has its last return.
         known = [method for method in methods if method in costs]

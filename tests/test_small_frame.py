@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
-from small_frame import differences
+from small_frame import differences, floor
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -68,6 +68,14 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
 def test_differences_are_of_equal_seeds(capsys):
     differences({"a": {1: 5.0, 2: 7.0, 3: 9.0}, "b": {2: 1.0, 3: 5.0, 4: 0.0}})
     assert capsys.readouterr().out == "a minus b, 2 seeds: 5 [-8, 18]\n"  # of 6 and 4: 5 +- 12.706
+
+
+def test_what_the_floor_changes_is_the_mean_of_both_powers(capsys):
+    returns = {"simpo_power": {1: 1.0, 2: 2.0, 3: 9.0}, "simpo_neg": {1: 5.0, 2: 4.0, 3: 1.0}}
+    floor(returns)
+    assert not capsys.readouterr().out
+    floor(returns | {"simpo_power power=2": {1: 2.0, 2: 3.0}, "simpo_neg power=2": {1: 10.0, 2: 9.0, 3: 5.0}})
+    assert capsys.readouterr().out == "the floor, mean of both powers, 2 seeds: 5 [-8, 18]\n"  # of (4+8)/2, (2+6)/2
 
 
 def test_a_task_without_the_methods_of_others_and_runs_of_unequal_length(tmp_path):
