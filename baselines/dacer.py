@@ -25,6 +25,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -52,6 +53,7 @@ NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
 CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16: not emulated; Intel only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
+CXX = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
 
@@ -75,13 +77,13 @@ class Args:
     policy_delay: Count = 2  # updates of the critics per update of the policy and the targets
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or ancestral steps with flow-rl's noise, sqrt(beta)
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
     learning_starts: Natural = 5_000  # environment steps with uniformly random actions before the first update
-    buffer_size: Count = 1_000_000  # transitions in the replay buffer; --resume is exact if running episodes fit
+    buffer_size: Count = 1_000_000  # transitions in the replay buffer; --resume is exact if it holds running episodes
     policy_lr: Positive = 3e-4  # learning rate of the policy at the start
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
@@ -99,9 +101,9 @@ class Args:
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
-    device: str = "cuda" if GPU else "cpu"  # cpu (beside a GPU: --policy-dtype float32, too), cuda, cuda:1, ...
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --policy-dtype float32, too
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
-    compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
+    compile: bool = bool(CXX)  # torch.compile the hot functions; it needs a C++ compiler and Python's headers
 
     def check(self):
         """SystemExit with one line for the first argument that makes no sense."""
@@ -335,7 +337,7 @@ def load(path):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
             raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=os.name != "nt", weights_only=True)
     except Exception as error:  # what a damaged zip file can raise is not documented
         raise SystemExit(f"{path} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -360,7 +362,7 @@ if __name__ == "__main__":
     args.check()
 
     # The machine.
-    warnings.filterwarnings("ignore", ".*(out of date|precision lowered|TensorFloat32)")  # v4 environments are
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered|TensorFloat32)")  # v4: "out of date"
     os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw") if args.capture_video else "disable")
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
@@ -396,7 +398,7 @@ if __name__ == "__main__":
         seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
-    for name in parts.keys() & saved.keys():  # a published checkpoint has those that act
+    for name in parts.keys() & saved.keys():  # those of models/ have policy and critic only
         parts[name].load_state_dict(saved[name])
     if args.evaluate:
         returns = evaluate(policy, critic, args)
@@ -505,10 +507,9 @@ if __name__ == "__main__":
             with torch.no_grad():
                 next_action = act(policy, batch_next_obs, 1, noise_std, generator)  # (B, 1, A)
                 next_mean, next_deviation = (x[..., 0] for x in critic_target.distribution(batch_next_obs, next_action))
-                next_q = next_mean.amin(0)  # (B,)
                 z = torch.randn(B, generator=generator, device=device).clamp(-3, 3)
                 discount = args.discount * (1 - batch_terminated)
-                target_q = args.reward_scale * batch_reward + discount * next_q
+                target_q = args.reward_scale * batch_reward + discount * next_mean.amin(0)  # (B,)
                 target_draw = target_q + discount * torch.where(next_mean[0] < next_mean[1], *next_deviation) * z
             q, deviation = (x[..., 0] for x in critic.distribution(batch_obs, batch_action[:, None]))  # (2, B)
             critic.b.lerp_(deviation.detach().mean(1), args.tau if num_updates > 0 else 1.0)
@@ -543,7 +544,7 @@ if __name__ == "__main__":
 
         progress.update(args.num_envs)
         if critic_loss is not None and due(args.log_every):
-            scalars = {
+            for name, value in {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,
                 "q/mean": q.mean(),
@@ -551,8 +552,7 @@ if __name__ == "__main__":
                 "alpha": log_alpha.exp(),
                 "policy/entropy": entropy,
                 "speed/steps_per_second": global_step / (time.time() - start),
-            }
-            for name, value in scalars.items():
+            }.items():
                 writer.add_scalar(name, value, global_step)
     progress.close()
     if stop_signals:

@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -51,6 +52,7 @@ NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
 CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16: not emulated; Intel only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
+CXX = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
 
 
@@ -89,9 +91,9 @@ class Args:
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
-    device: str = "cuda" if GPU else "cpu"  # cpu (beside a GPU: --policy-dtype float32, too), cuda, cuda:1, ...
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --policy-dtype float32, too
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
-    compile: bool = shutil.which(os.environ.get("CXX", "g++")) is not None  # torch.compile the hot functions
+    compile: bool = bool(CXX)  # torch.compile the hot functions; it needs a C++ compiler and Python's headers
 
     def check(self):
         """SystemExit with one line for the first argument that makes no sense."""
@@ -182,8 +184,7 @@ class DiffusionPolicy(nn.Module):
         """l of the steps of rows i (B,): obs (B, S), a_t and a_u (B, A), std (T,) -> (B,)."""
         obs_embedding, time_embedding = self.embed(obs)
         one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
-        mean = self.step_mean(noisy_action, obs_embedding[:, 0] + one_hot @ time_embedding, i)
-        std = std[i][:, None]
+        mean, std = self.step_mean(noisy_action, obs_embedding[:, 0] + one_hot @ time_embedding, i), std[i][:, None]
         log_prob = -(((next_action - mean) / std) ** 2) / 2 - std.log() - math.log(2 * math.pi) / 2
         return log_prob.clamp(-5, 2).mean(-1)
 
@@ -336,7 +337,7 @@ def load(path):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save writes
             raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=os.name != "nt", weights_only=True)
     except Exception as error:  # what a damaged zip file can raise is not documented
         raise SystemExit(f"{path} cannot be used: {str(error).splitlines()[0]}") from None
 
@@ -361,7 +362,7 @@ if __name__ == "__main__":
     args.check()
 
     # The machine.
-    warnings.filterwarnings("ignore", ".*(out of date|precision lowered|TensorFloat32)")  # v4 environments are
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered|TensorFloat32)")  # v4: "out of date"
     os.environ.setdefault("MUJOCO_GL", {"linux": "egl"}.get(sys.platform, "glfw") if args.capture_video else "disable")
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
@@ -397,7 +398,7 @@ if __name__ == "__main__":
         seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
         return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
 
-    for name in parts.keys() & saved.keys():  # a published checkpoint has those that act
+    for name in parts.keys() & saved.keys():  # those of models/ have policy and critic only
         parts[name].load_state_dict(saved[name])
     if args.evaluate:
         returns = evaluate(policy, obs_moments, args)
@@ -543,7 +544,7 @@ if __name__ == "__main__":
 
         progress.update(args.num_envs)
         if buffer.added == 0:  # there was an update
-            scalars = {
+            for name, value in {
                 "loss/critic": critic_loss,
                 "loss/policy": policy_loss,
                 "value/explained_variance": 1 - advantages.var() / returns.var(),
@@ -551,8 +552,7 @@ if __name__ == "__main__":
                 "policy/share_clipped": share_clipped,
                 "policy/epochs": (k + 1) / num_minibatches,
                 "speed/steps_per_second": global_step / (time.time() - start),
-            }
-            for name, value in scalars.items():
+            }.items():
                 writer.add_scalar(name, value, global_step)
     progress.close()
     if stop_signals:

@@ -130,7 +130,7 @@ def main_blocks(script):
         ("# Evaluate, when due", "# Act with"),
         ("next_obs, reward, terminated, truncated, infos", "buffer.add("),
         ("obs, done = next_obs", "# Critics:"),
-        ("progress.update", "scalars = {"),
+        ("progress.update", "for name, value in {"),
         ('"speed/steps_per_second"', None),
     ]
     text = read(script)

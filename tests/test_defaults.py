@@ -1,9 +1,13 @@
 """Without a flag, each script runs with the paper's settings, and the README's choices where the paper has none."""
 
 import importlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 PAPER = dict(  # the table of appendix F, section 4, and K and delta of section 6
     **dict(critic_lr=3e-4, policy_lr=3e-4, policy_lr_end=3e-5, hidden_dim=256, buffer_size=10**6, num_envs=5),
@@ -44,6 +48,21 @@ def test_defaults(script):
     args = importlib.import_module(script).Args()
     args.check()
     assert {name: vars(args)[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("script", [*VARIANT, *(f"baselines.{name}" for name in ORIGINALS)])
+def test_nothing_is_compiled_without_a_compiler_or_pythons_headers(script, tmp_path):
+    fake = "import sysconfig, sys; sysconfig.get_path = lambda name: sys.argv[1]"
+    code = f"{fake}; from {script} import Args; print(Args().compile)"
+
+    def default(headers, compiler):
+        command, environment = [sys.executable, "-c", code, headers], {"CXX": compiler, "PATH": ""}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "Python.h").touch()
+    compiler = shutil.which("true")
+    assert default(tmp_path, compiler) == "True"
+    assert default(tmp_path / "none", compiler) == default(tmp_path, "none") == "False"
 
 
 @pytest.mark.parametrize("solver, steps", [("dpm", 8), ("ddpm", 20)])  # 20 are the paper's
