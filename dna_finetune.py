@@ -64,7 +64,7 @@ class Args:
     # data
     data: File = ""  # .csv[.gz] with a column seq (A, C, G, T, equal lengths) and numbers; empty: a simulated assay
     target: str = "activity"  # column of --data to make high
-    split_column: str = ""  # number, e.g. a genome position, in which the parts are contiguous; empty: random parts
+    split_column: str = ""  # number, e.g. genome position, in which the parts are contiguous; empty: random parts
     simulated_sequences: Sequences = 16_000  # sequences of the simulated assay
     simulated_length: Length = 60  # bases per simulated sequence
     pretrained: File = ""  # denoiser to start from, made by this script or benchmark/dna_convert.py; empty: train it
@@ -73,7 +73,7 @@ class Args:
     accessibility: File = ""  # classifier of accessibility, likewise, or a .csv[.gz] to train one on; empty: none
     accessibility_column: str = "hepg2"  # column of 0 and 1 in the --accessibility table
 
-    # diffusion model; the paper's source has 128, 4 and steps 131_500, batch 512, lr 3e-4, EMA 0.9999
+    # diffusion model; Wang et al. 2024 (2410.13643) have 128, 4 and steps 131_500, batch 512, lr 3e-4, EMA 0.9999
     width: Count = 64  # channels of the dilated convolutions
     stacks: Count = 1  # convolutions at each of the dilations 1, 1, 4, 16, 64
     pretrain_steps: Count = 2_500  # Adam steps of pretraining
@@ -91,7 +91,7 @@ class Args:
     methods: Methods = get_args(Method)  # weightings to fine-tune with
     epsilon: NonNegative = 0.5  # epsilon: no weight of lin-neg and sqr-neg is below -epsilon, the floor of (11)
     num_particles: Several = 64  # K: sequences that share one normaliser nu, drawn per round
-    temperature_rule: Literal["kl", "authors"] = "kl"  # lambda where (30) comes to rest, or of the authors' code
+    temperature_rule: Literal["kl", "authors"] = "kl"  # kl: (9), lambda at rest in (30); authors: theirs, unnormalised
     target_kl: float = 1.5  # delta: KL of the weights from uniform, in nats, which lambda meets; rule kl
     temperature: NonNegative = 0.0  # lambda in standard deviations of the K rewards; 0: by --target-kl; rule kl
     rounds: Count = 25  # improvements of the policy; each draws K sequences
@@ -304,7 +304,7 @@ def weigh_as_authors(method, q, epsilon):
 def finetune(pretrained, oracle, length, method, seed, args, judges):
     """The pretrained denoiser tuned by one method for the oracle's activity -> the content of its file.
 
-    The curve has one row per round; judges, functions of x (K, L) by name, are only looked at there.
+    The curve has one row per round; judges, functions of x (K, L) by name, are logged and influence nothing.
     """
     denoiser, curve, start = copy.deepcopy(pretrained).requires_grad_(True), [], time.time()
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=args.lr)
@@ -352,7 +352,7 @@ def check_finite(where, **quantities):
     """Raises SystemExit with one line for the first quantity that is not finite."""
     for name, value in quantities.items():
         if not value.isfinite().all():
-            raise SystemExit(f"stopped at {where}: {name} not finite; a smaller learning rate may help")
+            raise SystemExit(f"stopped at {where}: {name} not finite; for a loss, a smaller learning rate may help")
 
 
 # Liver transcription factors: consensus (IUPAC), strength, best place (share of the length), weight on the other strand
@@ -437,8 +437,8 @@ def read_table(flag, path, columns):
                     sequence, numbers = row["seq"].strip(), [float(row[name]) for name in columns]
                     if not re.fullmatch("[ACGTacgt]+", sequence):
                         raise ValueError("a sequence with letters other than A, C, G, T, or with none")
-                    if not all(map(math.isfinite, numbers)):
-                        raise ValueError("a number that is not finite")
+                    if not all(abs(number) < 3e38 for number in numbers):
+                        raise ValueError("a number that is not finite in float32")
                 except ValueError as error:
                     bad.append(f"line {rows.line_num}: {error}")
                     continue
@@ -447,7 +447,7 @@ def read_table(flag, path, columns):
                     raise SystemExit(f"{flag} {path}: sequences must be equally long; {lengths}")
                 tokens += sequence.encode().translate(code)
                 values.extend(numbers)
-    except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, gzip.zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise SystemExit(f"{flag} {path}: cannot read it: {error}") from None
     if not tokens:
         raise SystemExit(f"{flag} {path}: no row is left; {f'the first malformed: {bad[0]}' if bad else 'it is empty'}")
@@ -460,7 +460,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies of a sequence stay together.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -470,7 +470,8 @@ def read_data(args):
     else:
         x, y = simulate(args.simulated_sequences, args.simulated_length, args.seed)
         origin = ["simulated", args.simulated_sequences, args.simulated_length, args.seed]
-    order = np.random.default_rng(args.seed).permutation(len(x))
+    first, group = np.unique(x.numpy(), axis=0, return_index=True, return_inverse=True)[1:]
+    order = np.random.default_rng(args.seed).permutation(len(x)).argsort()[first[group]].argsort(kind="stable")
     if args.split_column:
         order = values[:, 1].numpy().argsort(kind="stable")
     return x, y, torch.from_numpy(order).tensor_split([int(0.45 * len(x)), int(0.9 * len(x))]), origin
@@ -676,17 +677,18 @@ def load(path):
 
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
-    content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
-        raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
-    state = content["state"]
-    if kind == "denoiser":
-        model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
-    elif content["length"] == length:
-        model = Oracle(len(state["first.bias"]), length)
-    else:
-        raise SystemExit(f"{path} is for {content['length']} bases, the data has {length}")
-    model.load_state_dict(state)
+    try:
+        content = dict(load(path))
+        state = content["state"] if content["kind"] == kind else {}
+        if kind == "denoiser":
+            model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
+        elif (bases := content["length"]) != length:
+            raise SystemExit(f"{path} is for {bases} bases, the data has {length}")
+        else:
+            model = Oracle(len(state["first.bias"]), length)
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise SystemExit(f"{path} holds no {kind} of this script; see benchmark/dna_convert.py") from None
     return model.to(device).eval().requires_grad_(False)
 
 

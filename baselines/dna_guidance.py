@@ -79,7 +79,7 @@ class Args:
     train_batch: Count = 64  # sequences per step
     train_lr: Positive = 1e-3  # learning rate, falling to a tenth along a cosine
 
-    # output and machine; data, number of steps T, number and measures of the sequences are those of the --models run
+    # output and machine; data, T, number and measures of the sequences are those of the --models run; all in float32
     seed: Seed = 1  # seed of the training and the tuning, and first seed of the draws
     seeds: Count = 1  # evaluations, with seeds seed, seed + 1, ...
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
@@ -197,7 +197,7 @@ def train_conditional(pretrained, x, y, args):
     generator = torch.Generator(x.device).manual_seed(args.seed)
     for step in (progress := tqdm(range(args.train_steps), desc="conditional model", dynamic_ncols=True)):
         rows = torch.randint(len(x), (args.train_batch,), generator=generator, device=x.device)
-        hidden = torch.rand(len(rows), generator=generator, device=x.device) < 0.1  # have no class, as there
+        hidden = torch.rand(len(rows), generator=generator, device=x.device) < 0.1  # have no class, as in the release
         noisy, masked, factor = corrupt(x[rows].long(), 1, generator)
         log_p = denoiser(noisy[:, 0], torch.where(hidden, 2, label[rows]))[:, None]
         loss = elbo_loss(log_p, x[rows].long(), masked, factor).mean() / x.shape[1]
@@ -337,8 +337,8 @@ def read_table(flag, path, columns):
                     sequence, numbers = row["seq"].strip(), [float(row[name]) for name in columns]
                     if not re.fullmatch("[ACGTacgt]+", sequence):
                         raise ValueError("a sequence with letters other than A, C, G, T, or with none")
-                    if not all(map(math.isfinite, numbers)):
-                        raise ValueError("a number that is not finite")
+                    if not all(abs(number) < 3e38 for number in numbers):
+                        raise ValueError("a number that is not finite in float32")
                 except ValueError as error:
                     bad.append(f"line {rows.line_num}: {error}")
                     continue
@@ -347,7 +347,7 @@ def read_table(flag, path, columns):
                     raise SystemExit(f"{flag} {path}: sequences must be equally long; {lengths}")
                 tokens += sequence.encode().translate(code)
                 values.extend(numbers)
-    except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, gzip.zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise SystemExit(f"{flag} {path}: cannot read it: {error}") from None
     if not tokens:
         raise SystemExit(f"{flag} {path}: no row is left; {f'the first malformed: {bad[0]}' if bad else 'it is empty'}")
@@ -360,7 +360,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies of a sequence stay together.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -370,7 +370,8 @@ def read_data(args):
     else:
         x, y = simulate(args.simulated_sequences, args.simulated_length, args.seed)
         origin = ["simulated", args.simulated_sequences, args.simulated_length, args.seed]
-    order = np.random.default_rng(args.seed).permutation(len(x))
+    first, group = np.unique(x.numpy(), axis=0, return_index=True, return_inverse=True)[1:]
+    order = np.random.default_rng(args.seed).permutation(len(x)).argsort()[first[group]].argsort(kind="stable")
     if args.split_column:
         order = values[:, 1].numpy().argsort(kind="stable")
     return x, y, torch.from_numpy(order).tensor_split([int(0.45 * len(x)), int(0.9 * len(x))]), origin
@@ -461,17 +462,18 @@ def load(path):
 
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
-    content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
-        raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
-    state = content["state"]
-    if kind == "denoiser":
-        model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
-    elif content["length"] == length:
-        model = Oracle(len(state["first.bias"]), length)
-    else:
-        raise SystemExit(f"{path} is for {content['length']} bases, the data has {length}")
-    model.load_state_dict(state)
+    try:
+        content = dict(load(path))
+        state = content["state"] if content["kind"] == kind else {}
+        if kind == "denoiser":
+            model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
+        elif (bases := content["length"]) != length:
+            raise SystemExit(f"{path} is for {bases} bases, the data has {length}")
+        else:
+            model = Oracle(len(state["first.bias"]), length)
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise SystemExit(f"{path} holds no {kind} of this script; see benchmark/dna_convert.py") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -518,8 +520,7 @@ if __name__ == "__main__":
 
     start = time.time()
     if args.method == "cfg":
-        train_x, train_y = x[for_reward].to(device), y[for_reward].to(device)
-        conditional = train_conditional(models["pretrained"], train_x, train_y, args)
+        conditional = train_conditional(models["pretrained"], *(z[for_reward].to(device) for z in (x, y)), args)
     train_seconds = time.time() - start
 
     def draw_with(setting, count, seed):
@@ -536,9 +537,8 @@ if __name__ == "__main__":
     for values in tqdm(list(itertools.product(*(getattr(args, name) for name in names))), desc="tuning"):
         setting = dict(zip(names, map(float, values), strict=True))
         drawn, seconds = draw_with(setting, args.tuning_samples, 20_000 + args.seed)
-        median = float(predict(models["reward_oracle"], drawn).median())
-        distinct = len(drawn.unique(dim=0)) / len(drawn)
-        tuning.append(setting | dict(reward_oracle=median, distinct=distinct, seconds=seconds))
+        median, distinct = predict(models["reward_oracle"], drawn).median(), len(drawn.unique(dim=0)) / len(drawn)
+        tuning.append(setting | dict(reward_oracle=float(median), distinct=distinct, seconds=seconds))
     write_csv(run_dir / "tuning.csv", tuning)
     setting = {name: max(tuning, key=lambda row: row["reward_oracle"])[name] for name in names}
     print("\n".join(", ".join(f"{name} {value:.4g}" for name, value in row.items()) for row in tuning))

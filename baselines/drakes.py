@@ -17,7 +17,7 @@ The oracle r sees the argmax of x_0, its gradient passes straight through to x_0
 
 SiMPO calls kl_weight 0 DRAKES and all else DRAKES-KL. Departures from the release: the KL has the weight x_t[MASK]
 (t - s) / t, there letter v's term has (1 - x_t[MASK]) x_t[v] / t, only where MASK still is the largest share of a soft
-place, so that kl_weight is on another scale; p_theta stays the network's where a soft argmax is a letter; the defaults
+place, so that kl_weight is on another scale; there p_theta is that letter where it is the largest share; the defaults
 are for a CPU. The release has 4 batches of 32 an update, up to 1,000 updates, lr 1e-4, T = 128.
 """
 
@@ -68,9 +68,9 @@ class Args:
     grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     gradient_steps: Count = 50  # last steps of the sampler, which have a gradient; all of them, if there are fewer
     tau: Positive = 1.0  # tau: temperature of the Gumbel softmax
-    kl_weight: NonNegative = 0.0  # weight of the path's KL to the pretrained model; 0.001 there, on another scale
+    kl_weight: NonNegative = 0.0  # weight of the path's KL to the pretrained model; release: 0.001, on another scale
 
-    # output and machine; data, number of steps T, number and measures of the sequences are those of the --models run
+    # output and machine; data, T, number and measures (not precision) of the sequences are those of the --models run
     seed: Seed = 1  # first seed of the fine-tuning and of the draws
     seeds: Count = 1  # runs, with seeds seed, seed + 1, ...
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
@@ -315,8 +315,8 @@ def read_table(flag, path, columns):
                     sequence, numbers = row["seq"].strip(), [float(row[name]) for name in columns]
                     if not re.fullmatch("[ACGTacgt]+", sequence):
                         raise ValueError("a sequence with letters other than A, C, G, T, or with none")
-                    if not all(map(math.isfinite, numbers)):
-                        raise ValueError("a number that is not finite")
+                    if not all(abs(number) < 3e38 for number in numbers):
+                        raise ValueError("a number that is not finite in float32")
                 except ValueError as error:
                     bad.append(f"line {rows.line_num}: {error}")
                     continue
@@ -325,7 +325,7 @@ def read_table(flag, path, columns):
                     raise SystemExit(f"{flag} {path}: sequences must be equally long; {lengths}")
                 tokens += sequence.encode().translate(code)
                 values.extend(numbers)
-    except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, gzip.zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise SystemExit(f"{flag} {path}: cannot read it: {error}") from None
     if not tokens:
         raise SystemExit(f"{flag} {path}: no row is left; {f'the first malformed: {bad[0]}' if bad else 'it is empty'}")
@@ -338,7 +338,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; parts are contiguous in --split-column.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies of a sequence stay together.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -348,7 +348,8 @@ def read_data(args):
     else:
         x, y = simulate(args.simulated_sequences, args.simulated_length, args.seed)
         origin = ["simulated", args.simulated_sequences, args.simulated_length, args.seed]
-    order = np.random.default_rng(args.seed).permutation(len(x))
+    first, group = np.unique(x.numpy(), axis=0, return_index=True, return_inverse=True)[1:]
+    order = np.random.default_rng(args.seed).permutation(len(x)).argsort()[first[group]].argsort(kind="stable")
     if args.split_column:
         order = values[:, 1].numpy().argsort(kind="stable")
     return x, y, torch.from_numpy(order).tensor_split([int(0.45 * len(x)), int(0.9 * len(x))]), origin
@@ -458,17 +459,18 @@ def load(path):
 
 def load_model(kind, path, length, device):
     """The denoiser or the oracle of a file of this script, frozen; SystemExit if it holds no such thing."""
-    content = load(path)
-    if not isinstance(content, dict) or content.get("kind") != kind or not content.get("state"):
-        raise SystemExit(f"{path} holds no {kind} of this script; benchmark/dna_convert.py converts published ones")
-    state = content["state"]
-    if kind == "denoiser":
-        model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
-    elif content["length"] == length:
-        model = Oracle(len(state["first.bias"]), length)
-    else:
-        raise SystemExit(f"{path} is for {content['length']} bases, the data has {length}")
-    model.load_state_dict(state)
+    try:
+        content = dict(load(path))
+        state = content["state"] if content["kind"] == kind else {}
+        if kind == "denoiser":
+            model = Denoiser(len(state["linear.weight"]), len(state["shifts"]) // 5)
+        elif (bases := content["length"]) != length:
+            raise SystemExit(f"{path} is for {bases} bases, the data has {length}")
+        else:
+            model = Oracle(len(state["first.bias"]), length)
+        model.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise SystemExit(f"{path} holds no {kind} of this script; see benchmark/dna_convert.py") from None
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -153,6 +153,13 @@ def test_every_figure_and_same_seed_same_files(tmp_path, monkeypatch):
     assert [(row["figure"], row["setting"]) for row in rows] == [("2", "escape")] * 4 + [("3", "broad")] * 3 + [
         ("3", "sharp")
     ] * 3
+    panel = {}
+    for row in csv.DictReader(open(made / "figure1.csv")):
+        panel.setdefault((row["panel"], row["series"]), []).append((float(row["x"]), float(row["y"])))
+    (pi_old, target, positive), step = [[y for _, y in panel["a", name]] for _, name in list(panel)[:3]], 0.025
+    assert step * sum(target) == pytest.approx(1, abs=2e-3) and step * sum(positive) == pytest.approx(1, abs=2e-3)
+    weights = [y / p for y, p in zip(target, pi_old, strict=True)]
+    assert min(weights) == pytest.approx(-Args().epsilon, rel=1e-3) and min(positive) == 0
     run(monkeypatch, "--figure", 2, *FLAGS, "--save-dir", tmp_path / "b")
     run(monkeypatch, "--figure", 2, *FLAGS, "--save-dir", tmp_path / "c", "--seed", 7)
     for name in ("figure2.csv", "figure2.png", "figure2_histograms.csv"):

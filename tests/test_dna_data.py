@@ -74,6 +74,19 @@ def test_parts_of_the_data_are_disjoint_and_contiguous_in_a_position(tmp_path):
     assert [sorted(activity[p].tolist()) for p in parts] == [[*range(450)], [*range(450, 900)], [*range(900, 1000)]]
 
 
+def test_copies_of_a_sequence_are_in_one_part(tmp_path):
+    """Whatever they measure; random parts that do not know of copies would have half of them in two."""
+    rng = np.random.default_rng(1)
+    sequences = np.unique(rng.integers(4, size=(400, 12)), axis=0)
+    copies = rng.permutation(np.repeat(np.arange(len(sequences)), rng.integers(1, 5, len(sequences))))
+    lines = ["seq,activity", *(f"{''.join(dna.LETTERS[i] for i in sequences[c])},{rng.random()}" for c in copies)]
+    _, _, parts, _ = dna.read_data(dna.Args(data=str(write_table(tmp_path / "t.csv", lines))))
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(copies)))
+    first, second, third = (set(copies[part]) for part in parts)
+    assert len(first & second) <= 1 and len(second & third) <= 1 and not first & third
+    assert [len(part) / len(copies) for part in parts] == pytest.approx([0.45, 0.45, 0.1], abs=0.01)
+
+
 def test_malformed_rows_are_left_out_and_reported(tmp_path, capsys):
     rows = ["name,seq,activity", "a,ACGT,1.5", "b,ACGN,2", "c,acgg,x", "d,CCCC,nan", "e,TTTT", "f,,1", "g,ttga,-2"]
     for path in (tmp_path / "t.csv", tmp_path / "t.csv.gz"):

@@ -1,6 +1,7 @@
 """dna_finetune.py: bad input gets one line before any work; kills, damage and divergence end in order."""
 
 import ast
+import gzip
 import math
 import re
 import resource
@@ -87,12 +88,26 @@ def test_files_that_are_no_model_or_no_table_get_one_line(run_script, tmp_path):
     broken = tmp_path / "broken.csv.gz"
     broken.write_bytes(b"no gzip")
     refuses(run_script, "cannot read it", "--data", broken)
+    packed = bytearray(gzip.compress(b"seq,activity\n" + bytes(range(65, 91)) * 20, mtime=0))
+    for at in range(10, len(packed)):  # after the header; zlib has an error of its own
+        damaged = packed.copy()
+        damaged[at] ^= 255
+        broken.write_bytes(damaged)
+        with pytest.raises(SystemExit, match="cannot read it|no row is left|has no column"):
+            dna.read_table("--data", broken, ["activity"])
     refuses(run_script, "broken.csv.gz cannot be used", "--pretrained", broken)
     for content in ({"state": {}}, torch.zeros(3), dict(kind="denoiser", state={})):
         torch.save(content, tmp_path / "other.pt")
         refuses(run_script, "other.pt holds no oracle of this script", "--eval-oracle", tmp_path / "other.pt")
     refuses(run_script, "other.pt holds no denoiser of this script", "--pretrained", tmp_path / "other.pt")
-    oracle = dna.Oracle(4, 20)
+    oracle, denoiser = dna.Oracle(4, 20), dna.Denoiser(4, 1).state_dict()
+    widened = denoiser | {"linear.weight": torch.zeros(5, 5, 9)}  # as of an edited Denoiser
+    wrong = [("denoiser", dict(state=widened)), ("denoiser", dict(state={"linear.weight": torch.zeros(4)}))]
+    wrong += [("oracle", dict(state=oracle.state_dict())), ("oracle", dict(state={}, length=20))]
+    for kind, content in wrong:
+        torch.save(dict(kind=kind) | content, tmp_path / "other.pt")
+        with pytest.raises(SystemExit, match=f"other.pt holds no {kind} of this script"):
+            dna.load_model(kind, tmp_path / "other.pt", 20, "cpu")
     torch.save(dict(kind="oracle", length=20, state=oracle.state_dict()), tmp_path / "oracle.pt")
     refuses(run_script, "oracle.pt is for 20 bases, the data has 60", "--reward-oracle", tmp_path / "oracle.pt")
     flipped = bytearray((tmp_path / "oracle.pt").read_bytes())

@@ -78,6 +78,39 @@ def test_the_kl_term_is_that_of_the_tuned_model_from_the_pretrained_one(monkeypa
     assert loss == pytest.approx(forward.item(), rel=0.05) and abs(backward - forward) > 0.15 * forward
 
 
+def test_every_round_draws_and_every_update_masks_anew_and_the_curve_says_what_came(monkeypatch):
+    drawn, masks, calls = [], [], []
+    sample, corrupt = dna.sample, dna.corrupt
+
+    def record_sample(denoiser, count, length, steps, *others, **more):
+        calls.append((count, length, steps))
+        drawn.append(sample(denoiser, count, length, steps, *others, **more))
+        return drawn[-1]
+
+    def record_corrupt(x, draws, generator):
+        assert x is drawn[-1] and draws == 3
+        noisy, masked, factor = corrupt(x, draws, generator)
+        masks.append(masked)
+        return noisy, masked, factor
+
+    monkeypatch.setattr(dna, "sample", record_sample)
+    monkeypatch.setattr(dna, "corrupt", record_corrupt)
+    p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
+    args = dna.Args(num_particles=16, rounds=3, updates=2, elbo_draws=3, sampling_steps=7, target_kl=0.5)
+    table, judges = Table(p).requires_grad_(False), dict(first_letter=lambda x: x[:, 0].float())
+    curve = dna.finetune(table, lambda x: reward[index(x)], 3, "lin-neg", 1, args, judges)["curve"]
+    assert calls == [(16, 3, 7)] * 3 and len(masks) == 6
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2))
+    for row, x in zip(curve, drawn, strict=True):
+        q = reward[index(x)]
+        weights = dna.weigh("lin-neg", q, dna.solve_temperature("lin-neg", q, args), args.epsilon)
+        assert row["reward"] == sorted(q.tolist())[7] and row["first_letter"] == sorted(x[:, 0].tolist())[7]
+        assert row["distinct"] == len(set(map(tuple, x.tolist()))) / 16 < 1
+        assert row["largest_weight"] == pytest.approx(max(weights.tolist()))
+        negative = [-w for w in weights.tolist() if w < 0]
+        assert row["negative_mass"] == pytest.approx(sum(negative) / 16) and negative
+
+
 def test_the_gradient_is_cut_at_its_norm():
     """So small a gradient is below Adam's eps of 1e-8, which otherwise makes every step lr."""
     p, start = random_law(8), Table(random_law(8)).logits.detach()

@@ -180,6 +180,28 @@ def test_pretraining_learns_a_distribution():
     assert total_variation(exact_elbo(denoiser).exp(), p) < 0.2 < total_variation(law(Table(p), 1), p)
 
 
+def test_pretraining_follows_its_learning_rate_its_average_and_its_gradients_bound(monkeypatch):
+    rates, norms, weights, steps, step = [], [], [], 60, torch.optim.Adam.step
+
+    def record(optimizer):
+        parameters = optimizer.param_groups[0]["params"]
+        rates.append(optimizer.param_groups[0]["lr"])
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+        step(optimizer)
+        weights.append(torch.cat([p.detach().flatten() for p in parameters]))
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    for ema in (0.0, 0.5):
+        args = dna.Args(width=8, pretrain_steps=steps, pretrain_batch=2, pretrain_lr=1e-2, ema=ema)
+        state = dna.pretrain(ALL.byte(), args)["state"]
+        averaged = torch.cat([state[name].flatten() for name, _ in dna.Denoiser(8, 1).named_parameters()])
+        halves = [ema**k * (1 - ema) * weight for k, weight in enumerate(reversed(weights[-50:]))]
+        torch.testing.assert_close(averaged, sum(halves))  # what 50 steps leave of the start is below rounding
+    rising = np.arange(steps) / steps
+    np.testing.assert_allclose(rates, 2 * [*(1e-2 * (0.55 + 0.45 * np.cos(np.pi * rising)))])
+    assert max(norms) == pytest.approx(1, abs=1e-4)  # small batches go beyond it
+
+
 def test_the_average_of_pretraining_forgets_its_start():
     """Adam's first step is lr for each parameter; the average takes 9 tenths of it, however slow it is later."""
     args = dna.Args(width=8, pretrain_steps=1, pretrain_batch=64, pretrain_lr=1e-2, ema=0.9999)
