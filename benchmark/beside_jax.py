@@ -2,7 +2,7 @@
 
     python benchmark/beside_jax.py flow-rl jaxenv/bin/python    # the top of jax_speed.py says how to get both
 
-Leave the machine alone for its 4 to 8 minutes. It runs speed.py (the sum of an update's parts) and jax_speed.py, and adds
+Leave the machine alone for its 4 to 8 minutes. It runs speed.py (the sum of the parts) and jax_speed.py, and adds
 their milliseconds to --csv; again, and there is a second turn. Of all turns of this machine the medians are printed.
 """
 
