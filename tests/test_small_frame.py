@@ -1,6 +1,7 @@
 """small_frame.py on a sweep worked out by hand; the others on known clocks and scalars."""
 
 import csv
+import json
 import runpy
 import subprocess
 import sys
@@ -125,10 +126,15 @@ def test_small_frame_writes_nothing_without_runs(tmp_path):
 
 
 def test_the_paper_frame_takes_no_other_run(tmp_path):
-    kept = ROOT / "benchmark/mujoco/paper_frame.csv"
+    kept = ROOT / "benchmark/mujoco/paper_frame_1.csv"
     before = kept.read_text()
-    (tmp_path / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
-    for folder, why in (tmp_path, "it is another run's"), (tmp_path / "none", "has no eval.csv"):
+    sizes = dict(env_id="HalfCheetah-v4", hidden_dim=256, num_particles=32, steps_per_update=5, seed=1)
+    for name, settings in ("other", sizes), ("small", sizes | dict(hidden_dim=64)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps(settings))
+        (tmp_path / name / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
+    for name, why in ("other", "it is another run's"), ("small", "is not of"), ("none", "has no eval.csv"):
+        folder = tmp_path / name
         result = subprocess.run(
             [sys.executable, "benchmark/paper_frame.py", folder], cwd=ROOT, capture_output=True, text=True
         )
