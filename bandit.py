@@ -54,7 +54,7 @@ class Args:
     save_dir: Path = Path("runs/bandit")  # folder for the PNG and CSV files
 
     # SiMPO: the same for every method, but for epsilon
-    epsilon: NonNegative = 0.3  # epsilon of Lin. Neg.: the largest negative weight, the floor of (11) is -epsilon
+    epsilon: NonNegative = 0.3  # epsilon: no weight of Lin. Neg. is below -epsilon, the floor of (11)
     num_particles: Several = 32  # K: actions that share one normaliser nu
     groups: Count = 2  # groups of K actions drawn from the old policy per round
     target_kl: float = 1.5  # delta: target KL of the weights from uniform, in nats, in (30); must stay below log K
@@ -253,8 +253,8 @@ def train(trials, args, name=""):
     stream = torch.tensor([seeds.index(trial.seed) for trial in trials])  # (R,)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def per_seed(function, *shape):
-        return torch.stack([function(*shape, generator=g) for g in generators])  # (seeds, *shape)
+    def per_seed(function, *arguments):
+        return torch.stack([function(*arguments, generator=g) for g in generators])  # (seeds, *shape)
 
     names = "distance height width start start_std epsilon".split()
     columns = torch.tensor([[getattr(trial, name) for trial in trials] for name in names])

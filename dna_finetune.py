@@ -5,7 +5,7 @@
 
 Round k draws K sequences x_0 from the model p_old, weighs them by w = g((r(x_0) - nu) / lambda), mean w = 1 (9), (11),
 and descends on E[w(x_0) ELBO-loss(x_0)], the masked-diffusion form of (7). The minimiser gives letter v the probability
-E[w 1{x_0 = v}|x_t] / E[w|x_t] and draws p_old(x_0) w(x_0); if a numerator is below 0 there is none (case II).
+E[w 1{x_0 = v}|x_t] / E[w|x_t] and draws p_old(x_0) w(x_0); if a numerator is below 0 there is none: see loss_clip.
 Top to bottom: the masked diffusion model with its loss and its sampler; the weights; fine-tuning; then data, simulated
 or from a file; pretraining and the two oracles, one for rewards and one to evaluate; the table; files; the run.
 """
@@ -89,9 +89,9 @@ class Args:
 
     # SiMPO: the same for every method; the authors' code has 500 rounds of 4 groups of K = 128, 1 update, lr 1e-4
     methods: Methods = get_args(Method)  # weightings to fine-tune with
-    epsilon: NonNegative = 0.5  # epsilon: no weight of lin-neg and sqr-neg is below -epsilon, the floor of (11)
+    epsilon: NonNegative = 0.5  # no weight of lin-neg and sqr-neg is below -epsilon, the floor of (11)
     num_particles: Several = 64  # K: sequences that share one normaliser nu, drawn per round
-    temperature_rule: Literal["kl", "authors"] = "kl"  # kl: (9), lambda at rest in (30); authors: theirs, unnormalised
+    temperature_rule: Literal["kl", "authors"] = "kl"  # kl: (9), lambda at rest in (30); authors: weigh_as_authors
     target_kl: float = 1.5  # delta: KL of the weights from uniform, in nats, which lambda meets; rule kl
     temperature: NonNegative = 0.0  # lambda in standard deviations of the K rewards; 0: by --target-kl; rule kl
     rounds: Count = 25  # improvements of the policy; each draws K sequences
@@ -99,7 +99,7 @@ class Args:
     elbo_draws: Count = 2  # masked copies of each sequence per Adam step
     lr: Positive = 5e-4  # learning rate of fine-tuning
     grad_norm: Positive = 10.0  # gradients are scaled down to this norm
-    loss_clip: Bound = math.inf  # -log p of a letter, in nats, is cut here where the weight is negative: bounds case II
+    loss_clip: Bound = math.inf  # a letter's -log p, in nats, is cut here where the weight is negative: bounds the loss
     kl_weight: NonNegative = 0.0  # weight of the KL to the pretrained model, per token; 0 as in the paper
     samples_from: Literal["tuned", "pretrained"] = "tuned"  # p_old: the model as it is now, or as it was at first
 
@@ -399,11 +399,11 @@ def simulate(count, length, seed):
     step[:, 1, 2] *= np.array([0.2, 0.3, 0.7])  # CpG
     step[:, [0, 1, 2, 3], [0, 1, 2, 3]] *= 1.15  # runs
     step[:, 3, 0] *= 0.75  # TpA
-    before = step.cumsum(-1) / step.sum(-1, keepdims=True)
+    cumulative = step.cumsum(-1) / step.sum(-1, keepdims=True)
     x = np.empty((count, length), np.uint8)
     x[:, 0] = rng.integers(4, size=count)
     for i in range(1, length):
-        x[:, i] = (rng.random((count, 1)) > before[kind, x[:, i - 1], :3]).sum(-1)
+        x[:, i] = (rng.random((count, 1)) > cumulative[kind, x[:, i - 1], :3]).sum(-1)
     allowed = [[[LETTERS.index(c) for c in IUPAC[code]] for code in consensus] for consensus, *_ in FACTORS.values()]
     rows = np.repeat(np.arange(count), rng.poisson(2.0, count))
     for row, factor in zip(rows, rng.integers(len(FACTORS), size=len(rows)), strict=True):

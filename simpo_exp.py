@@ -40,7 +40,7 @@ Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16: not emulated; Intel only with AMX
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16 below: not emulated; Intel only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 CXX = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
@@ -71,7 +71,7 @@ class Args:
     batch_size: Count = 256  # states per update
     steps_per_update: Count = 5  # environment steps per update
     learning_starts: Natural = 5_000  # environment steps with uniformly random actions before the first update
-    buffer_size: Count = 1_000_000  # transitions in the replay buffer; --resume is exact if it holds running episodes
+    buffer_size: Count = 1_000_000  # transitions in the replay buffer; --resume is exact if running episodes fit
     policy_lr: Positive = 3e-4  # learning rate of the policy at the start
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
@@ -144,7 +144,7 @@ class DiffusionPolicy(nn.Module):
         self.steps = steps = steps or {"dpm": 8, "ddpm": 20}[solver]
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** (2 if solver == "dpm" else 1)  # dpm: denser near 0
         alphas, sigmas = torch.cos(torch.pi / 2 * t), torch.sin(torch.pi / 2 * t)  # (T + 1,)
-        # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d made from the predicted a_0.
+        # A step goes from t to the time u below it: a_u = from_t a_t + from_0 d + std z, d: predicted a_0, extrapolated
         alpha_u, sigma_u, alpha, sigma, t = alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:], t[1:]  # (T,)
         if solver == "ddpm":  # the mean of a_u given a_t and a_0, the deviation of a_t given a_u
             variance = sigma**2 - (alpha / alpha_u * sigma_u) ** 2
@@ -178,7 +178,7 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, action, weights, i, noise, error_clip):
         """(7) times (2/pi)^2 / A, errors clipped: obs (B, S), action, noise (B, K, A), weights, row i of t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
-        embedding = obs_embedding + F.one_hot(i, len(time_embedding)).float() @ time_embedding  # [i]: its grad varies
+        embedding = obs_embedding + F.one_hot(i, len(time_embedding)).float() @ time_embedding  # [i]: not reproducible
         alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, K, 1)
         target = alpha * noise - sigma * action  # (alpha'_t a_0 + sigma'_t eps) 2/pi
         error = (self.velocity(alpha * action + sigma * noise, embedding) - target).square()
@@ -204,7 +204,7 @@ class DiffusionPolicy(nn.Module):
         """obs (B, S) -> num_actions draws per state, (B, K, A) in [-1, 1]; all randomness comes from the generator."""
         steps = 1 if self.solver == "dpm" else len(self.step_coefficients)
         noise = torch.randn(steps, len(obs), num_actions, self.action_dim, generator=generator, device=obs.device)
-        # On a CPU go through the states in blocks whose activations stay in the L2 cache.
+        # On a CPU go through the states in blocks whose activations stay in cache.
         block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
         return torch.cat(list(map(self.denoise, obs.split(block), noise.split(block, dim=1))))
 
@@ -213,7 +213,7 @@ class DiffusionPolicy(nn.Module):
 def reweight(q, temperature):
     """Weights w = exp((q - nu) / temperature) of K actions, with nu such that they average 1: (2), (5).
 
-    Finite q (..., K), temperature > 0; returns weights (..., K) and nu (..., 1) in q's dtype. No gradient flows in it.
+    Finite q (..., K), temperature > 0; returns weights (..., K) and nu (..., 1) in q's dtype.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
@@ -253,7 +253,7 @@ def make_env(args, training=False, video_folder=None):
     obs_space, action_space = env.observation_space, env.action_space
     continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
     if not continuous or action_space.low.ndim != 1 or not action_space.is_bounded() or action_space.dtype.kind != "f":
-        raise SystemExit(f"--env-id {args.env_id} must be continuous, 1-D bounded actions: {obs_space}, {action_space}")
+        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions: {obs_space}, {action_space}")
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":
@@ -385,8 +385,8 @@ if __name__ == "__main__":
     def reset(which):
         """Starts the next episode where `which` (num_envs,) says so, seeded by run, environment and episode number."""
         episode[which] += 1
-        seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1)[0] for i, n in enumerate(episode)]
-        return envs.reset(seed=list(map(int, seeds)), options={"reset_mask": which})[0]
+        seeds = [np.random.SeedSequence([args.seed, i, n]).generate_state(1).item() for i, n in enumerate(episode)]
+        return envs.reset(seed=seeds, options={"reset_mask": which})[0]
 
     for name in parts.keys() & saved.keys():  # those of models/ have policy and critic only
         parts[name].load_state_dict(saved[name])
@@ -453,7 +453,7 @@ if __name__ == "__main__":
         save(run_dir / "checkpoint.pt", state)
 
     K, B = args.num_particles, args.batch_size
-    block = max(1, 2048 // K) if device.type == "cpu" else B  # states whose activations stay in the L2 cache
+    block = max(1, 2048 // K) if device.type == "cpu" else B  # states whose activations stay in cache
     compiled_reweight = torch.compile(reweight, dynamic=False)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     while True:
@@ -532,7 +532,7 @@ if __name__ == "__main__":
             frac = min(global_step / args.total_timesteps, 1)
             optimizer.param_groups[0]["lr"] = (1 - frac) * args.policy_lr + frac * args.policy_lr_end
             optimizer.step()
-            log_temperature.data.clamp_(min=-20)  # if most actions tie at the bounds, no lambda reaches target_kl
+            log_temperature.data.clamp_(min=-20)  # if 8 of 32 actions tie as the best, no lambda reaches KL 1.5
 
             # Target critics follow the critics, the old policy is replaced whole.
             with torch.no_grad():
