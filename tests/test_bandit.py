@@ -1,6 +1,7 @@
 """bandit.py: regret, intervals, independence of trials, and the command as a user types it."""
 
 import csv
+import itertools
 import math
 import runpy
 import signal
@@ -70,8 +71,8 @@ def test_what_a_round_trains_on(monkeypatch):
 
     a temperature with its lower bound, the falling learning rate.
     """
-    actions, values, temperatures, rates, clips = [], [], [], [], set()
-    loss, reweight, step = bandit.Policies.loss, bandit.reweight, torch.optim.Adam.step
+    actions, values, temperatures, rates, clips, shapes = [], [], [], [], set(), set()
+    loss, reweight, step, dual_step = bandit.Policies.loss, bandit.reweight, torch.optim.Adam.step, bandit.dual_step
 
     def loss_seen(self, action, *rest):
         actions.append(action)
@@ -90,11 +91,12 @@ def test_what_a_round_trains_on(monkeypatch):
     monkeypatch.setattr(bandit.Policies, "loss", loss_seen)
     monkeypatch.setattr(bandit, "reweight", reweight_seen)
     monkeypatch.setattr(torch.optim.Adam, "step", step_seen)
+    monkeypatch.setattr(bandit, "dual_step", lambda log, w, *rest: shapes.add(w.shape) or dual_step(log, w, *rest))
     args = replace(SMALL, rounds=10, updates=1, groups=16, target_kl=3.4, min_temperature=0.06, lr=0.01)
     regret, draws = bandit.train(bandit.trials_for(bandit.ESCAPE, ["Linear"], args), args)
     drawn = bandit.reward(torch.from_numpy(draws), 2.0, 0.5, 0.3)
     np.testing.assert_allclose(regret, 1 - drawn.mean(-1), atol=1e-6)
-    assert {q.shape for q in values} == {(2, 16, 32)} and clips == {300.0}  # each group has a nu of its own
+    assert {q.shape for q in values} == shapes == {(2, 16, 32)} and clips == {300.0}  # each group has its nu and KL
     for k in range(10):
         noise = actions[k] - torch.from_numpy(draws[0, :, k])
         assert noise.mean().abs() < 0.03 and noise.std().item() == pytest.approx(0.2, rel=0.1)
@@ -103,6 +105,56 @@ def test_what_a_round_trains_on(monkeypatch):
     assert (temperatures[0] - 0.1).abs().max() < 1e-9
     assert temperatures.min().item() == pytest.approx(0.06) and (temperatures < 0.0601).sum() > 4
     assert rates == pytest.approx([0.01 * (1 - 0.09 * k) for k in range(10)])
+
+
+def test_every_update_has_times_and_noise_of_its_own(monkeypatch):
+    seen, loss = [], bandit.Policies.loss
+    monkeypatch.setattr(bandit.Policies, "loss", lambda self, *x: seen.append((x[2], x[3])) or loss(self, *x))
+    args = replace(SMALL, rounds=2, updates=3)
+    bandit.train(bandit.trials_for(bandit.ESCAPE, ["Linear", "Exp"], args), args)
+    assert len(seen) == 6
+    for (i, noise), (j, other) in itertools.combinations(seen, 2):
+        assert (i != j).any() and (noise != other).all()
+
+
+def test_figure_1_shows_what_its_labels_say(monkeypatch):
+    """Stand-ins fitted to the signed target draw 1 and have velocity 3, then 4; those to its positive part -1 and 9."""
+
+    class StandIn:
+        schedule = bandit.noise_schedule("dpm", 8)
+
+        def sample(self, noise, bound):
+            return torch.tensor([[1.0], [-1.0]]).expand(2, 100)
+
+        def velocity(self, x, i):
+            return torch.stack([torch.full_like(x[0], self.parameters[0]), torch.full_like(x[0], 9.0)])
+
+    def fit(weigh, args):
+        a = torch.linspace(-3, 3, 100)
+        assert weigh[0](a).min() == -args.epsilon and torch.equal(weigh[0](a).clamp(min=0), weigh[1](a))
+        return StandIn(), [(1, [3.0]), (9, [4.0])]
+
+    rows = []
+    monkeypatch.setattr(bandit, "fit", fit)
+    monkeypatch.setattr(bandit, "save", lambda args, name, figure, made: rows.extend(made))
+    bandit.figure_1(replace(SMALL, diffusion_steps=8))
+    series = {}
+    for row in rows:
+        series.setdefault((row["panel"], row["series"]), []).append((row["x"], row["y"]))
+    for label, place in ("signed target", 1), ("positive part", -1):
+        density = np.array(series["a", f"generated, fitted to the {label}"])
+        assert density[density[:, 1].argmax(), 0] == pytest.approx(place, abs=0.1)
+    for panel in "bc":
+        assert {y for _, y in series[panel, r"learned $v_\theta$"]} == {4.0}
+    assert any(math.isnan(y) for panel in "bc" for _, y in series[panel, "closed form (8)"])  # case II
+    assert any("case II" in name for panel, name in series if panel == "d")
+    assert all(x[0][1] != x[1][1] for (panel, _), x in series.items() if panel == "d")
+
+
+def test_snapshots_of_a_fit_are_of_their_update():
+    _, snapshots = bandit.fit([torch.ones_like], replace(SMALL, fit_updates=5), batch=8)
+    first, *_, last = (parameters for _, parameters in snapshots)
+    assert all((a != b).any() for a, b in zip(first, last, strict=True))
 
 
 def test_intervals_are_wilsons_and_the_bootstrap_s():

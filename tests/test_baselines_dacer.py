@@ -108,17 +108,20 @@ def test_alpha_rises_below_the_target_entropy_and_falls_above(run_script, target
     assert state["log_alpha"].item() == pytest.approx(math.log(2) + direction * 2 * 0.03, abs=1e-3)
 
 
-def test_two_updates_by_hand(run_script, monkeypatch):
+@pytest.mark.parametrize("policy_delay", [1, 2])
+def test_two_updates_by_hand(run_script, monkeypatch, policy_delay):
     """The draw of the target is of the twin with the smaller mean in each row, not of a row with a smaller mean.
 
-    alpha, the policy and the targets are stepped in the first. z is drawn four times as wide, so that its bounds count.
+    In the first alpha is stepped and, with a delay only there, the policy and the targets. z is drawn four times as
+    wide, so that its bounds count.
     """
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: (1 + 3 * (len(shape) == 1)) * randn(*shape, **kwargs))
     flags = "--seed 6 --alpha 1 --noise-scale 0.3 --alpha-interval 2 --entropy-draws 9 --target-entropy 1"
+    flags += f" --policy-delay {policy_delay} --alpha-lr 0.5 --reward-scale 0.4 --discount 0.9"
     hand = ByHand(dacer, run_script("baselines/dacer", *HAND, *flags.split()))
     policy, critic, b, log_alpha = hand.policy, hand.critic, None, torch.zeros(1, requires_grad=True)
-    alpha_adam = torch.optim.Adam([log_alpha], 0.03)
+    alpha_adam = torch.optim.Adam([log_alpha], 0.5)
 
     def act(obs, draws):
         noise = hand.randn(2, len(obs), draws, 2)
@@ -134,8 +137,8 @@ def test_two_updates_by_hand(run_script, monkeypatch):
         twins = [0 if means[0, i] < means[1, i] else 1 for i in range(32)]
         assert len(set(twins)) == 2 or global_step == 40
         for i, j in enumerate(twins):
-            y[i] = 0.2 * reward[i] + 0.99 * (1 - terminated[i]) * means[j, i]
-            y_z[i] = 0.2 * reward[i] + 0.99 * (1 - terminated[i]) * (means[j, i] + deviations[j, i] * z[i])
+            y[i] = 0.4 * reward[i] + 0.9 * (1 - terminated[i]) * means[j, i]
+            y_z[i] = 0.4 * reward[i] + 0.9 * (1 - terminated[i]) * (means[j, i] + deviations[j, i] * z[i])
         m, d = (x[..., 0] for x in critic.distribution(obs, action[:, None]))
         loss = 0
         spread = d.detach().mean(1)
@@ -147,10 +150,11 @@ def test_two_updates_by_hand(run_script, monkeypatch):
             loss = loss - (b[i] ** 2 + 0.1) * terms.mean()
         hand.step(critic, hand.critic_adam, loss)
 
-        if global_step == 40:
+        if global_step == 40 or policy_delay == 1:
             hand.step(policy, hand.policy_adam, -torch.minimum(*critic(obs, act(obs, 1))).mean())
             hand.follow(hand.critic_target, critic)
             hand.critic_target.b.zero_()  # the targets' own is not used
+        if global_step == 40:
             actions = act(obs, 9).detach().double().numpy()
             covariances = [np.cov(x, rowvar=False, bias=True) + 1e-6 * np.eye(2) for x in actions]
             entropy = np.mean([np.log(2 * np.pi * np.e) + np.log(np.linalg.det(x)) / 2 for x in covariances])

@@ -248,8 +248,13 @@ def test_learning_rates_fall_to_a_tenth_along_a_cosine_and_gradients_of_denoiser
         step(self)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
+
+    def large(log_p, x, masked, factor, elbo_loss=dna.elbo_loss):
+        assert torch.equal(factor[..., 0] * masked.sum(-1), torch.full(masked.shape[:2], 3.0))  # L / m, of length 3
+        return 1e4 * elbo_loss(log_p, x, masked, factor)
+
     for script in (dna, guidance):
-        monkeypatch.setattr(script, "elbo_loss", lambda *a, of=script.elbo_loss: 1e4 * of(*a))
+        monkeypatch.setattr(script, "elbo_loss", large)
     y, start = torch.arange(64.0), guidance.Denoiser(4, 1).requires_grad_(False)
     args = dna.Args(width=4, pretrain_steps=40, pretrain_lr=0.01, oracle_width=4, oracle_epochs=40, oracle_lr=0.02)
     dna.pretrain(ALL.byte(), args)
@@ -306,6 +311,14 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     assert [row["seed"] for row in rows] == ["1", "2"] and {row["method"] for row in rows} == {method}
     assert all(row[name] == best[name] for row in rows for name in GRIDS[method])
     assert rows[0]["reward_oracle"] != rows[1]["reward_oracle"] and set(dna.COLUMNS) <= rows[0].keys()
+    settings, files = guidance.read_run(folder / "models.json")
+    kinds = dict.fromkeys(files, "oracle") | dict(pretrained="denoiser")
+    models = {name: dna.load_model(kinds[name], files[name], 16, "cpu") for name in files}
+    if method != "cfg":  # 8 tuning sequences in two batches of 4, their seed 20_001, evaluated ones 10_001
+        seeded, guide = generator(20_001), dict.fromkeys(GRIDS[method], 0.5)
+        parts = [guidance.draw(models["pretrained"], models["reward_oracle"], 4, 16, 4, seeded, **guide) for _ in "12"]
+        median = dna.predict(models["reward_oracle"], torch.cat(parts)).median().item()
+        assert float(tuning[0]["reward_oracle"]) == pytest.approx(median, rel=1e-4)
     again = list(csv.DictReader(open(made[1] / "rows.csv")))
     for first, second in zip(rows, again, strict=True):
         assert {k: v for k, v in first.items() if "seconds" not in k} == {
@@ -313,6 +326,11 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
         }
     fasta = (made[0] / f"{method}-seed2.fasta").read_text().split()
     assert len(fasta) == 20 and all(re.fullmatch("[ACGT]{16}", line) for line in fasta[1::2])
+    drawn = torch.tensor([[dna.LETTERS.index(letter) for letter in line] for line in fasta[1::2]])
+    x, y, _, _ = dna.read_data(settings)
+    expected = guidance.evaluate(drawn, models, x[y.argsort(descending=True)[:2]], settings)  # 1% of 200
+    for name in ("reward_oracle", "kmer_correlation", "log_likelihood"):
+        assert float(rows[1][name]) == pytest.approx(expected[name], rel=1e-4), name
     assert {path.name for path in made[0].iterdir()} == {"args.json", "rows.csv", "table.txt", "tuning.csv"} | {
         f"{method}-seed{seed}.fasta" for seed in (1, 2)
     }

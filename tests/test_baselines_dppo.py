@@ -273,6 +273,9 @@ def test_two_iterations_by_hand(run_script, max_kl):
     logged = EventAccumulator(str(run_dir)).Reload()
     share = ((ratio - 1).abs() > 0.02).float().mean().item()
     by_hand = {"loss/critic": critic_loss.item(), "loss/policy": policy_loss.item(), "policy/share_clipped": share}
+    by_hand["value/explained_variance"] = 1 - np.var([a for a, _ in advantages.values()]) / np.var(
+        [r for _, r in advantages.values()]
+    )
     for name, value in (by_hand | {"policy/kl": kl}).items():
         assert logged.Scalars(name)[-1].value == pytest.approx(value, rel=1e-2, abs=1e-4), name
     for part, module in dict(policy=policy, critic=critic).items():

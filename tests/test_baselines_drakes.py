@@ -171,6 +171,24 @@ def test_batches_of_an_update_are_averaged():
     assert 0.3 < norm[40] / norm[1] < 1.5
 
 
+def test_the_curve_is_of_all_batches(monkeypatch):
+    """Kullback-Leibler divergences of 0 to 8 are put in the place of the paths', which are 0 in the first update."""
+    p, reward, drawn, rollout = table(random_law(8)), Reward(random_reward(9)), [], drakes.rollout
+
+    def watched(*args):
+        x, kl = rollout(*args)
+        drawn.append(x.detach())
+        return x, kl + torch.arange(3.0) + 3 * (len(drawn) - 1)
+
+    monkeypatch.setattr(drakes, "rollout", watched)
+    row = drakes.finetune(p, reward, 3, 4, 1, drakes.Args(updates=1, batch=3, batches=3, kl_weight=0.5))[1][0]
+    seeded, args = generator(), drakes.Args()
+    x = [rollout(p, p, 3, 3, 4, args.gradient_steps, args.tau, 0.5, seeded)[0] for _ in range(3)]
+    torch.testing.assert_close(torch.cat(drawn), torch.cat(x))  # of the generator of seed 1
+    assert row["reward"] == pytest.approx(reward(torch.cat(x).argmax(-1)).median().item())
+    assert row["path_kl"] == pytest.approx(4, abs=1e-6)
+
+
 def test_the_gradient_is_cut_at_its_norm():
     """So small a gradient is below Adam's eps of 1e-8, which otherwise makes every step lr."""
     p = random_law(8)
@@ -182,8 +200,13 @@ def test_the_gradient_is_cut_at_its_norm():
 
 @pytest.mark.parametrize("method", ["drakes", "drakes-kl"])
 def test_run_writes_a_row_and_a_model_per_seed_and_repeats_itself(run_script, tmp_path, method):
+    """Seed 2 starts from the pretrained model, too, and nothing is tuned by the evaluation oracle: it says nan."""
     models = model_files(tmp_path / "here")
-    flags = [*TINY, "--seeds", 2, "--models", models, "--kl-weight", 0.1 if method == "drakes-kl" else 0]
+    judge = torch.load(models.parent / "eval_oracle.pt", weights_only=True)
+    judge["state"]["mean"].fill_(torch.nan)
+    torch.save(judge, models.parent / "eval_oracle.pt")
+    kl_weight = 0.1 if method == "drakes-kl" else 0.0
+    flags = [*TINY, "--seeds", 2, "--models", models, "--kl-weight", kl_weight]
     made = [run_script("baselines/drakes", *flags, folder="here") for _ in range(2)]
     tables = [[list(csv.DictReader(open(run / f"{name}.csv"))) for run in made] for name in ("rows", "curves")]
     for first, second in tables:
@@ -200,6 +223,18 @@ def test_run_writes_a_row_and_a_model_per_seed_and_repeats_itself(run_script, tm
     assert fasta[1::2] == ["".join(dna.LETTERS[i] for i in sequence) for sequence in x.tolist()]
     start = dna.load_model("denoiser", models.parent / "pretrained.pt", 16, "cpu")
     assert all((a != b).any() for a, b in zip(tuned.parameters(), start.parameters(), strict=True) if a.dim() > 2)
+    oracle = dna.load_model("oracle", models.parent / "reward_oracle.pt", 16, "cpu")
+    args = drakes.Args(updates=3, batch=4, gradient_steps=2, kl_weight=kl_weight)
+    again, _ = drakes.finetune(start, oracle, 16, 4, 2, args)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), again.parameters(), strict=True))
+    settings, files = drakes.read_run(models)
+    x, y, _, _ = dna.read_data(settings)
+    loaded = {
+        name: dna.load_model("oracle" if "oracle" in name else "denoiser", files[name], 16, "cpu") for name in files
+    }
+    expected = dna.evaluate(tuned, loaded, x[y.argsort(descending=True)[:2]], 2, settings)["row"]  # 1% of 200
+    for name in ("reward_oracle", "kmer_correlation", "log_likelihood"):
+        assert float(rows[1][name]) == pytest.approx(expected[name], rel=1e-4), name
 
 
 BAD_FLAGS = [

@@ -76,25 +76,26 @@ def test_on_a_quadratic_q_the_sampler_is_a_linear_recursion(monkeypatch, solver,
 
 @pytest.mark.parametrize("q_scale", [0, 50])
 def test_two_updates_by_hand(run_script, q_scale):
-    hand = ByHand(qsm, run_script("baselines/qsm", *HAND, "--q-scale", q_scale), solver="ddpm")
+    flags = f"--q-scale {q_scale} --temperature 0.3 --exploration-noise 0.2 --discount 0.9"
+    hand = ByHand(qsm, run_script("baselines/qsm", *HAND, *flags.split()), solver="ddpm")
     policy, critic = hand.policy, hand.critic
 
     def explore(obs):
-        return (policy.sample(obs, 1, hand.generator) + 0.1 * hand.randn(len(obs), 1, 2)).clip(-1, 1)
+        return (policy.sample(obs, 1, hand.generator) + 0.2 * hand.randn(len(obs), 1, 2)).clip(-1, 1)
 
     for global_step in (40, 45):
         hand.act(global_step, lambda obs: explore(obs)[:, 0])
         obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, explore(next_obs))[..., 0]
-        hand.critic_step(obs, action, reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]))
+        hand.critic_step(obs, action, reward + 0.9 * (1 - terminated) * torch.minimum(q[0], q[1]))
 
         t = torch.randint(5, (32, 1), generator=hand.generator)
         angle = torch.pi / 2 * (t[..., None] + 1) / 5
         noisy = (angle.cos() * action[:, None] + angle.sin() * hand.randn(32, 1, 2)).requires_grad_()
         q = critic(obs, noisy)
         gradient = torch.autograd.grad((q[0] + q[1]).sum() / 2, noisy)[0]
-        target = -50 * gradient if q_scale else -angle.sin() * gradient / gradient.abs().mean() / 0.1
+        target = -50 * gradient if q_scale else -angle.sin() * gradient / gradient.abs().mean() / 0.3
         states, times = policy.embed(obs)
         noise = angle.sin() * noisy.detach() + angle.cos() * policy.velocity(noisy.detach(), states + times[t])
         hand.step(policy, hand.policy_adam, ((noise - target) ** 2).mean())

@@ -60,14 +60,15 @@ def test_the_optimum_samples_exp_q_over_lambda(monkeypatch):
 
 def test_two_updates_by_hand(run_script):
     """The loss here is the sum of w_j |v_j - v_theta|^2, each v_j a velocity; quantiles are SciPy's."""
-    hand = ByHand(sdac, run_script("baselines/sdac", *HAND, "--num-particles", 7, "--temperature", 0.5))
+    flags = "--num-particles 7 --temperature 0.5 --discount 0.9"
+    hand = ByHand(sdac, run_script("baselines/sdac", *HAND, *flags.split()))
     policy, critic = hand.policy, hand.critic
     for global_step in (40, 45):
         hand.act(global_step, lambda obs: policy.sample(obs, 1, hand.generator)[:, 0])
         obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, policy.sample(next_obs, 1, hand.generator))[..., 0]
-        hand.critic_step(obs, action, reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]))
+        hand.critic_step(obs, action, reward + 0.9 * (1 - terminated) * torch.minimum(q[0], q[1]))
 
         t = torch.randint(5, (32, 1), generator=hand.generator)
         angle = torch.pi / 2 * ((t[..., None] + 1) / 5) ** 2

@@ -66,6 +66,8 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna, tmp_path):
         ("wd1", "1", "1"),
         ("exp", "1", "0"),
     ]
+    losses = [{r["loss"] for r in curves if r["seed"] == seed} for seed in "12"]
+    assert losses[0].isdisjoint(losses[1])  # each seed is tuned, not the first one twice
     assert len(curves) == 2 * 6 * 2 and all(0 <= float(row["true_activity"]) < 10 for row in curves)
     for method in ("pretrained", *METHODS):
         assert f"\n{dna.LABELS[method]} " in out

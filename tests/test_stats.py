@@ -104,20 +104,24 @@ def read(path):
 def test_command_compares_at_steps_that_all_runs_reached_on_a_common_scale(tmp_path):
     for env_id, scale in ("A-v0", 1), ("dm_control/B", 100):
         for seed in (1, 2):
-            make_run(tmp_path, "classic", seed, [scale * 2, scale * 2], env_id=env_id, algo="random")
+            make_run(tmp_path, "classic", seed, [scale * 2, scale * 2, scale * 2], env_id=env_id, algo="random")
             make_run(tmp_path, "classic", seed, [scale * 4, scale * 6], env_id=env_id, algo="sac")
             # Seed 2 has gone further than all others: what it did there is not compared.
             more = [scale * 1000] * (seed == 2)
-            make_run(tmp_path, "simpo_neg", seed, [scale * 2, scale * 4 * seed, *more], env_id=env_id, power=1.0)
+            first = scale * (2 if env_id == "A-v0" else 4)
+            make_run(tmp_path, "simpo_neg", seed, [first, scale * 4 * seed, *more], env_id=env_id, power=1.0)
+    make_run(tmp_path, "simpo_exp", 1, [2, 4], env_id="A-v0")  # on one task only: not among all
     result = command(tmp_path, "--zero", "classic algo=random", "--one", "classic algo=sac")
     assert result.returncode == 0, result.stderr
     table = {(row["task"], row["method"]): row for row in read(tmp_path / "results" / "table.csv")}
-    assert len(table) == 9
-    # (4 - 2) / (6 - 2) and (8 - 2) / (6 - 2); scaled curves from 0 to these ends.
-    for task, seeds, step in ("A-v0", "2", "20"), ("dm_control/B", "2", "20"), ("all", "2 2", "20 20"):
+    assert len(table) == 10 and ("all", "simpo_exp") not in table
+    # (4 - 2) / (6 - 2) and (8 - 2) / (6 - 2); scaled curves from 0, on B from 0.5, to these ends; of all: areas of
+    # 0.25, 0.5, 0.75 and 1.
+    expected = ("A-v0", "2", "20", 0.5), ("dm_control/B", "2", "20", 0.75), ("all", "2 2", "20 20", 0.625)
+    for task, seeds, step, area in expected:
         row = table[task, "simpo_neg"]
         assert (row["seeds"], row["step"]) == (seeds, step)
-        assert [float(row[x]) for x in ("iqm", "area")] == [1, 0.5]
+        assert [float(row[x]) for x in ("iqm", "area")] == [1, area]
     assert table["A-v0", "simpo_neg"]["low"] == "nan"  # two seeds are too few
     chance = {
         (row["task"], row["method"], row["than"]): float(row["probability"])
