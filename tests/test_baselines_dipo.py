@@ -66,7 +66,7 @@ def test_improved_actions_start_as_the_taken_ones_also_past_the_capacity(run_scr
 
 def test_two_updates_by_hand(run_script):
     """The limit of the actions' gradient is so small that Adam's eps is felt, which otherwise undoes it."""
-    flags = "--max-grad-norm 0.02 --action-steps 3 --action-grad-norm 1e-5"
+    flags = "--max-grad-norm 0.02 --action-steps 3 --action-grad-norm 1e-5 --action-lr 0.1 --discount 0.9"
     hand = ByHand(dipo, run_script("baselines/dipo", *HAND, *flags.split()), eps=1e-5)
     policy, critic = hand.policy, hand.critic
     improved = hand.rows[:, 6:8].clone()
@@ -75,12 +75,12 @@ def test_two_updates_by_hand(run_script):
         obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
             q = hand.critic_target(next_obs, hand.policy_target.sample(next_obs, 1, hand.generator))[..., 0]
-        target = reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1])
+        target = reward + 0.9 * (1 - terminated) * torch.minimum(q[0], q[1])
         hand.critic_step(obs, action, target, max_norm=0.02)
 
         obs, *_, where = hand.batch()
         action = improved[where].clone().requires_grad_()
-        adam = torch.optim.Adam([action], 0.03, eps=1e-5)
+        adam = torch.optim.Adam([action], 0.1, eps=1e-5)
         for _ in range(3):
             (gradient,) = torch.autograd.grad(torch.minimum(*critic(obs, action[:, None])).sum(), action)
             action.grad = -gradient * min(1, 1e-5 * 2 / gradient.norm())

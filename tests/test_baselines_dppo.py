@@ -252,7 +252,8 @@ def test_two_iterations_by_hand(run_script, max_kl):
         with torch.no_grad():
             old = hand.log_prob(*columns)
         A, R = torch.tensor([advantages[n, e] for n, e, _ in pairs]).T
-        for batch in (b for _ in range(3) for b in torch.randperm(200, generator=generator).split(80)[:2]):
+        batches = (b for _ in range(3) for b in torch.randperm(200, generator=generator).split(80)[:2])
+        for number, batch in enumerate(batches, 1):
             a = (A[batch] - A[batch].mean()) / A[batch].std(correction=0) * 0.7 ** columns[3][batch]
             log_ratio = hand.log_prob(*(x[batch] for x in columns)) - old[batch]
             ratio = log_ratio.exp()
@@ -266,6 +267,7 @@ def test_two_iterations_by_hand(run_script, max_kl):
             kl = (ratio - 1 - log_ratio).mean().item()
             if kl > max_kl:
                 break
+        epochs = number / 2
 
     assert {(True, False), (False, True)} <= ends and (updates == 12) == (max_kl > 1) and updates > 4
     assert result["num_updates"] == updates and result["discounted_reward"].tolist() == pytest.approx(now, rel=1e-3)
@@ -276,7 +278,7 @@ def test_two_iterations_by_hand(run_script, max_kl):
     by_hand["value/explained_variance"] = 1 - np.var([a for a, _ in advantages.values()]) / np.var(
         [r for _, r in advantages.values()]
     )
-    for name, value in (by_hand | {"policy/kl": kl}).items():
+    for name, value in (by_hand | {"policy/kl": kl, "policy/epochs": epochs}).items():
         assert logged.Scalars(name)[-1].value == pytest.approx(value, rel=1e-2, abs=1e-4), name
     for part, module in dict(policy=policy, critic=critic).items():
         for name, x in module.state_dict().items():

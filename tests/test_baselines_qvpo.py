@@ -49,22 +49,23 @@ def test_two_updates_by_hand(run_script, entropy_weight):
 
     The draws of the random numbers are the script's, all else is written anew.
     """
-    flags = "--num-particles 6 --kept-draws 2 --uniform-actions 3 --max-grad-norm 0.002 --entropy-weight"
+    flags = "--num-particles 6 --kept-draws 2 --uniform-actions 3 --max-grad-norm 0.002 --action-draws 3"
+    flags += " --discount 0.9 --entropy-weight"
     hand = ByHand(qvpo, run_script("baselines/qvpo", *HAND, *flags.split(), str(entropy_weight)), eps=1e-5)
     policy, critic, generator = hand.policy, hand.critic, hand.generator
 
-    def best_of_four(obs):
-        draws = policy.sample(obs, 4, generator)
+    def best_of_three(obs):
+        draws = policy.sample(obs, 3, generator)
         with torch.no_grad():
             best = torch.minimum(*critic(obs, draws)).argmax(1)
         return torch.stack([x[i] for x, i in zip(draws, best, strict=True)])
 
     for global_step in (40, 45):
-        hand.act(global_step, best_of_four)
+        hand.act(global_step, best_of_three)
         obs, next_obs, action, reward, terminated, _ = hand.batch()
         with torch.no_grad():
-            q = hand.critic_target(next_obs, hand.policy_target.sample(next_obs, 4, generator))  # (2, 32, 4)
-        target = reward + 0.99 * (1 - terminated) * torch.minimum(q[0], q[1]).max(-1).values
+            q = hand.critic_target(next_obs, hand.policy_target.sample(next_obs, 3, generator))  # (2, 32, 3)
+        target = reward + 0.9 * (1 - terminated) * torch.minimum(q[0], q[1]).max(-1).values
         hand.critic_step(obs, action, target, max_norm=0.002)
 
         draws = policy.sample(obs, 6, generator)

@@ -175,7 +175,9 @@ def test_pretraining_learns_a_distribution():
     x = ALL[torch.multinomial(p, 4000, replacement=True, generator=torch.Generator().manual_seed(1))]
     args = dna.Args(width=24, pretrain_steps=400, pretrain_batch=128, pretrain_lr=1e-2, ema=0.98)
     denoiser = dna.Denoiser(24, 1).requires_grad_(False)
-    denoiser.load_state_dict(dna.pretrain(x.byte(), args)["state"])
+    made = dna.pretrain(x.byte(), args)
+    denoiser.load_state_dict(made["state"])
+    assert made["curve"][0]["nats_per_base"] == pytest.approx(np.log(4), abs=0.4)  # per base, not per sequence
     assert total_variation(law(denoiser, 1), law(Table(p), 1)) < 0.1
     assert total_variation(exact_elbo(denoiser).exp(), p) < 0.2 < total_variation(law(Table(p), 1), p)
 

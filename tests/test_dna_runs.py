@@ -76,6 +76,9 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna, tmp_path):
     drawn = [(made / f"pretrained-seed{seed}.fasta").read_text().split()[1::2] for seed in (1, 2)]
     assert drawn[0] != drawn[1] and "sqr-neg - exp: " in out and "95% interval" in out
 
+    files = json.loads((made / "models.json").read_text())
+    oracle = dna.load_model("oracle", files["eval_oracle"], 16, "cpu")
+    assert not oracle.training and not any(p.requires_grad for p in oracle.parameters())  # no dropout
     for path in Path("runs/dna_stages").iterdir():
         path.unlink()
     again, _ = run_dna("--seeds", "2")

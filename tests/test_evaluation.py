@@ -42,6 +42,23 @@ def test_takes_the_draw_that_both_critics_like():
     assert len(np.unique(returns)) == 50
 
 
+def test_starts_and_draws_are_the_same_each_time_and_not_those_of_training():
+    seen = []
+
+    class Policy:
+        def sample(self, obs, num_actions, generator):
+            seen.append((obs, generator.initial_seed()))
+            return torch.zeros(len(obs), 1, 1)
+
+    args = simpo_neg.Args(env_id="small_envs:PointMass-v0", device="cpu", eval_episodes=3, eval_draws=1, seed=7)
+    for _ in range(2):
+        simpo_neg.evaluate(Policy(), lambda obs, action: torch.zeros(2, *action.shape[:2]), args)
+        obs, seed = seen.pop(0)
+        starts = [simpo_neg.make_env(args).reset(seed=10_007 + i)[0] for i in range(3)]
+        assert np.array_equal(obs, np.stack(starts)) and seed == 10_007
+        seen.clear()
+
+
 def test_evaluation_is_in_the_native_reward(monkeypatch):
     """Of 1,000 steps of DM Control the first; the policy trains on another reward, which is larger."""
     make_env, kinds = simpo_neg.make_env, []

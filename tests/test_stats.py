@@ -110,11 +110,12 @@ def test_command_compares_at_steps_that_all_runs_reached_on_a_common_scale(tmp_p
             more = [scale * 1000] * (seed == 2)
             first = scale * (2 if env_id == "A-v0" else 4)
             make_run(tmp_path, "simpo_neg", seed, [first, scale * 4 * seed, *more], env_id=env_id, power=1.0)
-    make_run(tmp_path, "simpo_exp", 1, [2, 4], env_id="A-v0")  # on one task only: not among all
+    make_run(tmp_path, "simpo_exp", 1, [4, 2], env_id="A-v0")  # on one task only: not among all
     result = command(tmp_path, "--zero", "classic algo=random", "--one", "classic algo=sac")
     assert result.returncode == 0, result.stderr
     table = {(row["task"], row["method"]): row for row in read(tmp_path / "results" / "table.csv")}
     assert len(table) == 10 and ("all", "simpo_exp") not in table
+    assert float(table["A-v0", "simpo_exp"]["iqm"]) == 0  # its end, not its best
     # (4 - 2) / (6 - 2) and (8 - 2) / (6 - 2); scaled curves from 0, on B from 0.5, to these ends; of all: areas of
     # 0.25, 0.5, 0.75 and 1.
     expected = ("A-v0", "2", "20", 0.5), ("dm_control/B", "2", "20", 0.75), ("all", "2 2", "20 20", 0.625)
