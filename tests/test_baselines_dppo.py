@@ -252,8 +252,8 @@ def test_two_iterations_by_hand(run_script, max_kl):
         with torch.no_grad():
             old = hand.log_prob(*columns)
         A, R = torch.tensor([advantages[n, e] for n, e, _ in pairs]).T
-        batches = (b for _ in range(3) for b in torch.randperm(200, generator=generator).split(80)[:2])
-        for number, batch in enumerate(batches, 1):
+        epochs = 0.0
+        for batch in (b for _ in range(3) for b in torch.randperm(200, generator=generator).split(80)[:2]):
             a = (A[batch] - A[batch].mean()) / A[batch].std(correction=0) * 0.7 ** columns[3][batch]
             log_ratio = hand.log_prob(*(x[batch] for x in columns)) - old[batch]
             ratio = log_ratio.exp()
@@ -263,11 +263,10 @@ def test_two_iterations_by_hand(run_script, max_kl):
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
-            updates += 1
+            updates, epochs = updates + 1, epochs + 1 / 2
             kl = (ratio - 1 - log_ratio).mean().item()
             if kl > max_kl:
                 break
-        epochs = number / 2
 
     assert {(True, False), (False, True)} <= ends and (updates == 12) == (max_kl > 1) and updates > 4
     assert result["num_updates"] == updates and result["discounted_reward"].tolist() == pytest.approx(now, rel=1e-3)
