@@ -277,11 +277,11 @@ def simulate(count, length, seed):
     step[:, 1, 2] *= np.array([0.2, 0.3, 0.7])  # CpG
     step[:, [0, 1, 2, 3], [0, 1, 2, 3]] *= 1.15  # runs
     step[:, 3, 0] *= 0.75  # TpA
-    before = step.cumsum(-1) / step.sum(-1, keepdims=True)
+    cumulative = step.cumsum(-1) / step.sum(-1, keepdims=True)
     x = np.empty((count, length), np.uint8)
     x[:, 0] = rng.integers(4, size=count)
     for i in range(1, length):
-        x[:, i] = (rng.random((count, 1)) > before[kind, x[:, i - 1], :3]).sum(-1)
+        x[:, i] = (rng.random((count, 1)) > cumulative[kind, x[:, i - 1], :3]).sum(-1)
     allowed = [[[LETTERS.index(c) for c in IUPAC[code]] for code in consensus] for consensus, *_ in FACTORS.values()]
     rows = np.repeat(np.arange(count), rng.poisson(2.0, count))
     for row, factor in zip(rows, rng.integers(len(FACTORS), size=len(rows)), strict=True):
