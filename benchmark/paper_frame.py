@@ -16,7 +16,8 @@ import tyro
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent / "mujoco"
-SIZES = dict(env_id="HalfCheetah-v4", hidden_dim=256, num_particles=32, steps_per_update=5)  # the paper's
+SIZES = dict(env_id="HalfCheetah-v4", hidden_dim=256, batch_size=256, num_particles=32, steps_per_update=5)
+SIZES |= dict(power=1.0, epsilon=0.5)  # of Lin. Neg. at the paper's sizes
 PAPER = 13_900  # best variant of its second version on HalfCheetah-v4 after 1M steps, by a listing on the web
 
 
@@ -32,7 +33,7 @@ if __name__ == "__main__":
         if not new.is_file():
             raise SystemExit(f"{args.run} has no eval.csv; give the directory of a run, runs/<run_name>")
         settings = json.loads((args.run / "args.json").read_text())
-        if [settings[name] for name in SIZES] != list(SIZES.values()):
+        if [settings.get(name) for name in SIZES] != list(SIZES.values()):
             raise SystemExit(f"{args.run} is not of {SIZES}")
         kept = HERE / f"paper_frame_{settings['seed']}.csv"
         if kept.exists() and not new.read_text().startswith(kept.read_text()):

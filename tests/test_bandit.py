@@ -151,6 +151,23 @@ def test_figure_1_shows_what_its_labels_say(monkeypatch):
     assert all(x[0][1] != x[1][1] for (panel, _), x in series.items() if panel == "d")
 
 
+def test_figures_2_and_3_show_their_stages_and_differences(tmp_path, monkeypatch):
+    """The draws of round k are all at k - 1.95; what is plotted beside a regret is its difference from Square's."""
+    seen, regret = [], np.random.default_rng(0).random((4, 2, 5))
+    draws = np.tile(np.array([-1.95, -0.95, 0.05, 1.05, 2.05])[:, None], (4, 2, 1, 7))
+    monkeypatch.setattr(bandit, "train", lambda trials, *_: (regret[: len(trials) // 2], draws))
+    monkeypatch.setattr(bandit, "plot_regret", lambda ax, method, y, **_: seen.append(y))
+    args = Args(seeds=2, rounds=4, save_dir=tmp_path)
+    bandit.figure_2(args)
+    rows = csv.DictReader(open(tmp_path / "figure2_histograms.csv"))
+    at = [(row["stage"], float(row["x"])) for row in rows if float(row["share"]) == 1]
+    assert at == 4 * [("start", -1.95), ("middle", 0.05), ("end", 2.05)]
+    seen.clear()
+    bandit.figure_3(args)
+    for m, (one, other) in enumerate(zip(seen[::2], seen[1::2], strict=True)):
+        assert np.array_equal(one, regret[m % 3]) and np.array_equal(other, regret[m % 3] - regret[2])
+
+
 def test_snapshots_of_a_fit_are_of_their_update():
     _, snapshots = bandit.fit([torch.ones_like], replace(SMALL, fit_updates=5), batch=8)
     first, *_, last = (parameters for _, parameters in snapshots)

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
-from small_frame import differences, floor
+from small_frame import add, differences, floor
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -117,6 +117,18 @@ def test_flags_of_the_task_and_of_a_launcher_are_no_part_of_the_method(tmp_path)
     assert lines[:3] == ["cheetah action-repeat=4 reward-landscape=exp", "simpo_neg: 1; 1", "simpo_neg power=2: 2; 2"]
 
 
+def test_returns_are_kept_to_three_digits(tmp_path):
+    sweep(tmp_path / "runs", "cheetah", "none", 1, (0.12345, -7.0009))
+    add(tmp_path / "runs", tmp_path / "out.csv")
+    assert [row.split(",")[-1] for row in (tmp_path / "out.csv").read_text().split()[1:]] == ["0.123", "-7.001"]
+
+
+def test_no_computing_before_the_first_update(tmp_path):
+    sweep(tmp_path / "runs", "Pendulum-v1", "num-particles=8", 1, (1, 7))
+    out = small_frame(tmp_path, "Pendulum-v1", "--learning-starts=1000").stdout
+    assert "simpo_neg, 600.0 ms per update, within 0.0 minutes: 7\n" in out
+
+
 def test_small_frame_writes_nothing_without_runs(tmp_path):
     (tmp_path / "out.csv").write_text("kept")
     command = [sys.executable, "benchmark/small_frame.py", f"--runs={tmp_path}", f"--csv={tmp_path / 'out.csv'}"]
@@ -128,12 +140,19 @@ def test_small_frame_writes_nothing_without_runs(tmp_path):
 def test_the_paper_frame_takes_no_other_run(tmp_path):
     kept = ROOT / "benchmark/mujoco/paper_frame_1.csv"
     before = kept.read_text()
-    sizes = dict(env_id="HalfCheetah-v4", hidden_dim=256, num_particles=32, steps_per_update=5, seed=1)
-    for name, settings in ("other", sizes), ("small", sizes | dict(hidden_dim=64)):
+    sizes = dict(env_id="HalfCheetah-v4", hidden_dim=256, batch_size=256, num_particles=32, steps_per_update=5)
+    linear = sizes | dict(power=1.0, seed=9)  # simpo_power.py has no epsilon
+    neg = sizes | dict(power=1.0, epsilon=0.5, seed=1)
+    for name, settings in ("other", neg), ("small", neg | dict(hidden_dim=64)), ("linear", linear):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         (tmp_path / name / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
-    for name, why in ("other", "it is another run's"), ("small", "is not of"), ("none", "has no eval.csv"):
+    for name, why in (
+        ("other", "it is another run's"),
+        ("small", "is not of"),
+        ("linear", "is not of"),
+        ("none", "has no eval.csv"),
+    ):
         folder = tmp_path / name
         result = subprocess.run(
             [sys.executable, "benchmark/paper_frame.py", folder], cwd=ROOT, capture_output=True, text=True

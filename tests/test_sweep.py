@@ -2,10 +2,12 @@
 
 import csv
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -209,6 +211,26 @@ def test_two_never_train_in_one_folder(tmp_path, sweep):
     other = subprocess.run([*command, "--crash"], **start, capture_output=True, text=True)
     assert other.returncode == 1 and "was made by another command" in other.stderr
     assert (tmp_path / "run" / "log").read_text() == before
+
+
+def test_commands_have_the_flags_of_frame_script_and_method_in_this_order(tmp_path, monkeypatch):
+    """The later ones win. Ray is replaced: nothing runs."""
+    made = []
+    task = SimpleNamespace(remote=lambda folder, command, *_: made.append((folder, command)) or len(made))
+    ray = SimpleNamespace(init=lambda *_, **__: None, nodes=lambda: [{"Resources": {"CPU": 9}}])
+    ray.remote = lambda _: SimpleNamespace(options=lambda **_: task)
+    ray.wait, ray.get = lambda runs, timeout: (runs, []), lambda run: 1 / 0
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "a.py").touch()
+    flags = ["--scripts", "a.py p=2", "--env-ids", "E", "--seeds", "3", "4", "--flags", "q=1 r=5", "--frame", "q=0 s=1"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags, "--out", "out"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "benchmark/sweep.py"), run_name="__main__")
+    for seed, (folder, command) in zip("34", made, strict=True):
+        assert folder == tmp_path / "out/a/E/p=2 q=1 r=5" / seed
+        assert command == f"{tmp_path / 'a.py'} --env-id E --seed {seed} --q=0 --s=1 --p=2 --q=1 --r=5".split()
 
 
 def test_last_line_of_a_log_is_all_of_a_box():
