@@ -3,10 +3,11 @@
 import math
 import signal
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from small_envs import TwoEnds
+from small_envs import PointMass, TwoEnds
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -185,6 +186,28 @@ def test_running_moments():
     batch = np.array([[1.0, -2.0], [500.0, -500.0]])
     expected = ((batch - mean) / deviation).clip(-10, 10)
     np.testing.assert_allclose(moments.normalize(batch, "cpu"), expected, rtol=1e-5)
+
+
+class Spike(PointMass):
+    """Pays 1 in its 60th step, else nothing."""
+
+    total_steps = 0
+
+    def step(self, action):
+        self.total_steps += 1
+        obs, _, *end = super().step(action)
+        return obs, float(self.total_steps == 60), *end
+
+
+def test_a_reward_of_twenty_deviations_counts_as_ten(run_script):
+    """With discount 0 what V should be is the reward, 20 deviations once in 400 steps: a mean square of 1/4, not 1."""
+    if "Spike-v0" not in gym.registry:
+        gym.register("Spike-v0", Spike)
+    flags = "--env-id Spike-v0 --num-envs 1 --rollout-steps 400 --total-timesteps 400 --batch-size 2000 --num-epochs 1"
+    flags += " --discount 0 --eval-every 0 --no-compile --device cpu --hidden-dim 8 --diffusion-steps 5"
+    run_dir = run_script("baselines/dppo", *flags.split(), "--critic-lr", 1e-9)
+    logged = EventAccumulator(str(run_dir)).Reload()
+    assert 0.2 < logged.Scalars("loss/critic")[-1].value < 0.6
 
 
 @pytest.mark.parametrize("max_kl", [1e9, 2e-3])
