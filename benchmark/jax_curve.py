@@ -11,21 +11,25 @@ delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, stat
 --predict velocity, --init pytorch and --particles clipped each take one more thing from simpo_neg.py. Here are
 5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
 10 episodes, the best of 10 draws. Writes OUT/gempo_jax/ENVIRONMENT/FLAGS/SEED, as sweep.py: stats.py and small_frame.py
-take it, too.
+take it, too. The same command goes on after a stop, from the last evaluation, with new episodes. upside_down in
+eval.csv is the share of steps whose observation 1, HalfCheetah's root angle, has a negative cosine.
 """
 
 import argparse
 import csv
 import inspect
 import json
+import pickle
 import sys
 import time
 from pathlib import Path
 
 import gymnasium as gym
+import jax
 import numpy as np
 
 FRAME = {"flow_rl", "env_id", "seed", "total_timesteps", "out"}  # not in the folder's name as flags
+MODELS = ["rng", "actor", "actor_target", "critic", "critic_target", "temp"]  # of their agent: all that it learns
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("flow_rl")
 defaults = dict(env_id="HalfCheetah-v4", seed=1, total_timesteps=50_000, num_particles=8, target_kl=0.7, hidden_dim=64)
@@ -38,8 +42,8 @@ for name, default in defaults.items():
 args = parser.parse_args()
 new = [f"{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k not in FRAME and v != defaults[k]]
 folder = Path(args.out, "gempo_jax", args.env_id, " ".join(new) or "none", str(args.seed))
-if folder.exists():
-    raise SystemExit(f"{folder} is there: delete it to train it again")
+if (folder / "finished").exists():
+    raise SystemExit(f"{folder} is finished: delete it to train it again")
 sys.path.insert(0, args.flow_rl)
 from flowrl.module import initialization  # noqa: E402
 
@@ -96,23 +100,31 @@ buffer = {name: np.zeros((args.total_timesteps + 5, size), np.float32) for name,
 
 def evaluate():
     obs, _ = eval_envs.reset(seed=args.seed + 10_000)
-    returns, running = np.zeros(10), np.ones(10, bool)
+    returns, running, turned, steps = np.zeros(10), np.ones(10, bool), 0, 0
     while running.any():
         action, _ = agent.sample_actions(obs, deterministic=True, num_samples=10)
         obs, reward, terminated, truncated, _ = eval_envs.step(np.asarray(action))
         returns += reward * running
+        turned, steps = turned + running[np.cos(obs[:, 1]) < 0].sum(), steps + running.sum()
         running &= ~(terminated | truncated)
-    return returns
+    return map(float, (returns.mean(), returns.std(), turned / steps))
 
 
-obs, _ = envs.reset(seed=args.seed)
+begin, rows, seconds = 0, [], 0.0  # where the last evaluation left it
+if (folder / "state.pkl").exists():
+    saved = pickle.loads((folder / "state.pkl").read_bytes())
+    begin, rows, seconds, rng, agent._n_training_steps, leaves, filled = saved
+    models = jax.tree.unflatten(jax.tree.structure([getattr(agent, name) for name in MODELS]), leaves)
+    vars(agent).update(zip(MODELS, models, strict=True))
+    for name, column in filled.items():
+        buffer[name][:begin] = column
+obs, _ = envs.reset(seed=args.seed + begin)
 envs.action_space.seed(args.seed)
-run_dir = folder / f"runs/{args.env_id}__gempo_jax__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-run_dir.mkdir(parents=True)
+run_dir = folder / f"runs/{args.env_id}__gempo_jax__{args.seed}"
+run_dir.mkdir(parents=True, exist_ok=True)
 (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-start, table = time.time(), csv.writer(open(run_dir / "eval.csv", "w", buffering=1))
-table.writerow(["step", "mean", "std", "seconds"])
-for step in range(0, args.total_timesteps, 5):
+start = time.time() - seconds
+for step in range(begin, args.total_timesteps, 5):
     if step < 5000:
         action = envs.action_space.sample()
     else:
@@ -126,11 +138,19 @@ for step in range(0, args.total_timesteps, 5):
         buffer[name][step : step + 5] = column
     obs = next_obs
     for _ in range(args.updates if step >= 5000 else 0):
-        rows = rng.integers(step + 5, size=args.batch_size)
-        batch = {name: column[rows] for name, column in buffer.items()}
+        drawn = rng.integers(step + 5, size=args.batch_size)
+        batch = {name: column[drawn] for name, column in buffer.items()}
         agent.train_step(Batch(**batch, next_action=None), step)
     if (step + 5) % 5000 == 0:
-        returns = evaluate()
-        table.writerow([step + 5, returns.mean(), returns.std(), time.time() - start])
-        print(step + 5, returns.mean(), returns.std(), flush=True)
+        mean, std, upside_down = evaluate()
+        rows.append(dict(step=step + 5, mean=mean, std=std, seconds=time.time() - start, upside_down=upside_down))
+        print(rows[-1], flush=True)
+        with (run_dir / "eval.csv").open("w") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader(), table.writerows(rows)
+        leaves = jax.tree.map(np.asarray, jax.tree.leaves([getattr(agent, name) for name in MODELS]))
+        filled = {name: column[: step + 5] for name, column in buffer.items()}
+        state = step + 5, rows, time.time() - start, rng, agent._n_training_steps, leaves, filled
+        (folder / "state.unfinished").write_bytes(pickle.dumps(state))
+        (folder / "state.unfinished").replace(folder / "state.pkl")
 (folder / "finished").touch()
