@@ -64,7 +64,7 @@ class Args:
     # data
     data: File = ""  # .csv[.gz] with a column seq (A, C, G, T, equal lengths) and numbers; empty: a simulated assay
     target: str = "activity"  # column of --data to make high
-    split_column: str = ""  # number, e.g. genome position, in which the parts are contiguous; empty: random parts
+    split_column: str = ""  # number in which the parts are contiguous, e.g. position, copies or not; empty: random
     simulated_sequences: Sequences = 16_000  # sequences of the simulated assay
     simulated_length: Length = 60  # bases per simulated sequence
     pretrained: File = ""  # denoiser to start from, made by this script or benchmark/dna_convert.py; empty: train it
@@ -460,7 +460,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies of a sequence stay together.
+    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies stay together in random parts.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])

@@ -257,13 +257,13 @@ def make_env(args, training=False, video_folder=None):
             elif env_id != args.env_id:  # of DM Control
                 base.render_kwargs["camera_id"], base.metadata["render_fps"] = 0, 1 / base._env.control_timestep()
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: episode == 0)
+        obs_space, space = gym.spaces.flatten_space(env.observation_space), env.action_space
     except (gym.error.Error, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
-    obs_space, action_space = env.observation_space, env.action_space
-    continuous = isinstance(obs_space, (gym.spaces.Box, gym.spaces.Dict)) and isinstance(action_space, gym.spaces.Box)
-    if not continuous or action_space.low.ndim != 1 or not action_space.is_bounded() or action_space.dtype.kind != "f":
-        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions: {obs_space}, {action_space}")
-    env = gym.wrappers.TransformAction(env, lambda a: a.clip(action_space.low, action_space.high), action_space)
+    fits = isinstance(obs_space, gym.spaces.Box) and isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
+    if not fits or space.low.ndim != 1 or not space.is_bounded() or (space.low >= space.high).any():
+        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions, low<high: {obs_space} {space}")
+    env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":
         env = gym.wrappers.TransformReward(env, lambda native_reward: shaped_reward(env.unwrapped._env.physics, args))

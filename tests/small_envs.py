@@ -88,7 +88,20 @@ class DiscreteActions(PointMass):
 
 
 class DiscreteObservations(PointMass):
+    """Shows only the sign of x."""
+
     observation_space = gym.spaces.Discrete(2)
+
+    def reset(self, **options):
+        return int(super().reset(**options)[0][0] > 0), {}
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return int(obs[0] > 0), *rest
+
+
+class SequenceObservations(PointMass):
+    observation_space = gym.spaces.Dict(a=gym.spaces.Sequence(gym.spaces.Discrete(3)))
 
 
 class UnboundedActions(PointMass):
@@ -97,6 +110,10 @@ class UnboundedActions(PointMass):
 
 class MatrixActions(PointMass):
     action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+
+class FlatActions(PointMass):
+    action_space = gym.spaces.Box(np.array([-1, 0.5], np.float32), np.array([1, 0.5], np.float32))
 
 
 class IntegerActions(PointMass):
@@ -117,6 +134,8 @@ for name, entry, kwargs in [
     ("TwoEnds-v0", TwoEnds, {}),
     ("DiscreteActions-v0", DiscreteActions, {}),
     ("DiscreteObservations-v0", DiscreteObservations, {}),
+    ("SequenceObservations-v0", SequenceObservations, {}),
+    ("FlatActions-v0", FlatActions, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),
     ("MatrixActions-v0", MatrixActions, {}),
     ("IntegerActions-v0", IntegerActions, {}),

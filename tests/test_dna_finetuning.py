@@ -181,13 +181,13 @@ def test_authors_rule_against_its_definition():
         np.testing.assert_allclose(dna.weigh_as_authors(method, r, 0.7), weights, rtol=1e-6, atol=1e-12)
 
 
-def test_authors_rule_has_the_published_greediness_and_is_what_finetune_takes(monkeypatch):
-    """KL from uniform on Gaussian rewards, K = 128: exp 4.3, linear 0.98, square 1.42 (../shared/paper, fact sheet)."""
+def test_authors_rule_has_the_greediness_of_its_original_and_is_what_finetune_takes(monkeypatch):
+    """KL from uniform on Gaussian rewards, K = 128, of the authors' formulas: exp 4.3, linear 0.98, square 1.42."""
     r = torch.randn(200, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for method, published, slack in (("exp", 4.3, 0.1), ("linear", 0.98, 0.03), ("square", 1.42, 0.04)):
+    for method, original, slack in (("exp", 4.3, 0.1), ("linear", 0.98, 0.03), ("square", 1.42, 0.04)):
         p = torch.stack([dna.weigh_as_authors(method, row, 0.5) for row in r]) + 1e-12
         p = p / p.sum(-1, keepdim=True)
-        assert abs(float((p * (128 * p).log()).sum(-1).mean()) - published) < slack, method
+        assert abs(float((p * (128 * p).log()).sum(-1).mean()) - original) < slack, method
 
     p, reward = random_law(6), torch.randn(64, generator=torch.Generator().manual_seed(7))
     small = dict(rounds=2, num_particles=64, temperature=0.0, temperature_rule="authors")

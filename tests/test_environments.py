@@ -64,6 +64,15 @@ def test_actions_at_the_bounds_are_within_them_to_the_last_bit():
         env.step(np.array([action]))  # asserts that they are
 
 
+def test_observations_of_other_spaces_are_flattened():
+    env = simpo_neg.make_env(simpo_neg.Args(env_id="small_envs:DiscreteObservations-v0"))
+    for action in (1.0, -1.0):
+        env.reset(seed=0)
+        for _ in range(4):
+            obs, *_ = env.step(np.array([action], np.float32))
+        assert obs.tolist() == [action < 0, action > 0]  # one-hot
+
+
 def test_every_episode_has_its_own_seed(run_script, monkeypatch):
     """Of the run's seed, the environment and the episode's number: all starts differ, and the same run has the same."""
     starts, reset = [], small_envs.PointMass.reset
