@@ -67,7 +67,7 @@ class Args:
     error_clip: Positive = 5.0  # limit of a dimension's squared error of 2/pi v; paper: none, w < 0 may diverge then
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in SiMPO's own code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update

@@ -11,9 +11,9 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
     policy    every 2nd update, by the new critics (theirs: the old): mean of -min_i m_i(s, a); then the targets follow
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
-Departures from the authors' code (happy-yan/DACER): H of one Gaussian, which takes separate modes for a wide one (of a
-mixture of 3); alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on HalfCheetah and
-Humanoid; else 0.1, 30,000); this frame's velocities, solver, rates, updates per step (noises, 20 steps, 1e-4, 1/20).
+Departures from the authors' code (happy-yan/DACER): H of one Gaussian, a wide one for separate modes (of a mixture of
+3), after the policy's step; alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on two
+tasks; else 0.1, 30,000); this frame's velocities, solver, cosine schedule, rates, updates per step (1e-4, 1/20).
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
@@ -71,13 +71,13 @@ class Args:
     alpha_lr: Positive = 0.03  # learning rate of log alpha
     alpha_interval: Count = 1000  # updates between two steps of alpha
     target_entropy: Annotated[float, "finite", math.isfinite] = -0.9  # per dimension of the action, in nats
-    entropy_draws: Count = 200  # actions per state of the batch to estimate the entropy from
+    entropy_draws: Count = 200  # actions per state of the batch to estimate the entropy from; many more than A
     noise_scale: NonNegative = 0.15  # std of the exploration noise over alpha, in half the action range
     reward_scale: Positive = 0.2  # factor of the rewards that the critics learn
     policy_delay: Count = 2  # updates of the critics per update of the policy and the targets
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in SiMPO's own code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update

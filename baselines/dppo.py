@@ -68,7 +68,7 @@ class Args:
     # DPPO
     rollout_steps: Count = 1000  # steps of each environment per iteration; what is left in the end trains nothing
     num_epochs: Count = 10  # passes over an iteration's (environment step, denoising step) pairs
-    batch_size: Count = 5000  # pairs per minibatch
+    batch_size: Annotated[int, "at least 2", lambda n: n >= 2] = 5000  # pairs per minibatch
     clip_range: Positive = 0.1  # limit of the ratio's distance from 1
     max_kl: Positive = 1.0  # approximate KL from the old policy at which an iteration ends
     gae_lambda: Share = 0.95  # lambda of the generalised advantage estimates

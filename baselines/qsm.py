@@ -11,7 +11,8 @@ g = grad_a Q(s, a) at a = a_t, and eps_theta = sigma_t a_t + alpha_t u_theta, u 
 
 Public codes differ. The authors' (Alescontrela/score_matching_rl) is --q-scale 50; the default is flow-rl's
 normalisation with the authors' online critics and clipped noise, in the target, too. Not here: relax's score network
-without t, and MaxEntDP's version, which takes the smaller target critic.
+without t, whose Langevin dynamics the SiMPO paper's baseline seems to be (F.1), and MaxEntDP's version, which takes the
+smaller target critic.
 Departures from the authors' code: x_t is not clipped in the sampler, whose predicted a_0 is; 20 steps of the cosine
 schedule for 5 of a variance-preserving one; 3 x 256 Mish for 2 x 512; the best of 10 draws in evaluation for one; one
 update in 5 steps for one in each, 5,000 random steps for 10,000, a learning rate that falls linearly (as a cosine); a
@@ -76,7 +77,7 @@ class Args:
     exploration_noise: NonNegative = 0.1  # std of the Gaussian added to actions in training, in half the action range
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "ddpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
+    solver: Literal["dpm", "ddpm"] = "ddpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in SiMPO's own code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update

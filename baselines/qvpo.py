@@ -70,7 +70,7 @@ class Args:
 
     # QVPO
     weights: Literal["adv", "cut"] = "adv"  # of the best draw: max(Q - V, 0), or Q where it is above 1
-    num_particles: Count = 64  # K: actions drawn from the policy per state
+    num_particles: Annotated[int, "at least 2", lambda n: n >= 2] = 64  # K: actions drawn from the policy per state
     kept_draws: Count = 1  # the best ones of the K that the policy fits, each with its own weight
     uniform_actions: Natural = 10  # M: uniform actions per state that the policy fits, too, to keep exploring
     entropy_weight: NonNegative = 0.02  # c at the start, relative to the best draw's weight, falling to 0; 0: none
@@ -79,7 +79,7 @@ class Args:
     max_grad_norm: Positive = 2.0  # limit of the norm of the policy's and of the critics' gradient
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in SiMPO's own code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update

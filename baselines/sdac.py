@@ -74,11 +74,11 @@ class Args:
     seed: Annotated[int, "from 0 to 2^31 - 1", lambda n: 0 <= n < 2**31] = 1  # of networks, environments, all draws
 
     # SDAC
-    num_particles: Count = 500  # K: candidates for the clean action per noised action
+    num_particles: Annotated[int, "at least 2", lambda n: n >= 2] = 500  # K: candidates for the clean action per a_t
     temperature: Positive = 0.05  # lambda: the policy aims at exp(Q / lambda)
 
     # diffusion and optimisation (table in appendix F)
-    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in the authors' code
+    solver: Literal["dpm", "ddpm"] = "dpm"  # DPM-Solver++(2M), or DDPM with variance beta, as in SiMPO's own code
     diffusion_steps: Natural = 0  # T: denoising steps, and the only times that are trained; 0: 8 (dpm) or 20 (ddpm)
     hidden_dim: Count = 256  # units of each of the 3 hidden layers, in policy and critics
     batch_size: Count = 256  # states per update

@@ -8,7 +8,8 @@ python benchmark/jax_curve.py flow-rl --hidden-dim 256 --batch-size 256 --num-pa
 Install it in an environment of its own. For one thread, as in our runs, set
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1". Theirs is left as it is but for sizes, K,
 delta, floor and learning rate: 20 ddpm steps, ReLU critics, lambda from 1, state and time through small MLPs.
---predict velocity, --init pytorch and --particles clipped each take one more thing from simpo_neg.py. Here are
+--predict velocity, --init pytorch and --particles clipped each take one more thing from simpo_neg.py (but flow-rl's
+initialisation of that name draws biases from +- 1/sqrt(outputs), PyTorch's from +- 1/sqrt(inputs)). Here are
 5 environments, 5,000 random steps, then UPDATES updates per 5 environment steps, and every 5,000 steps an evaluation:
 10 episodes, the best of 10 draws. Writes OUT/gempo_jax/ENVIRONMENT/FLAGS/SEED, as sweep.py: stats.py and small_frame.py
 take it, too. The same command goes on after a stop, from the last evaluation, with new episodes. upside_down in
@@ -120,7 +121,7 @@ if (folder / "state.pkl").exists():
         buffer[name][:begin] = column
 obs, _ = envs.reset(seed=args.seed + begin)
 envs.action_space.seed(args.seed)
-run_dir = folder / f"runs/{args.env_id}__gempo_jax__{args.seed}"
+run_dir = folder / f"runs/{args.env_id}__gempo_jax__{args.seed}__run"
 run_dir.mkdir(parents=True, exist_ok=True)
 (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
 start = time.time() - seconds

@@ -78,6 +78,16 @@ def read(path):
     return runs
 
 
+def check_lengths(runs, path):
+    """SystemExit if runs of one task end at different steps."""
+    ends = defaultdict(set)
+    for (_, task, _), curve in runs.items():
+        ends[task].add(max(curve))
+    for task, steps in ends.items():
+        if len(steps) > 1:
+            raise SystemExit(f"{path}: runs of {task} end at different steps, {sorted(steps)}")
+
+
 def add(sweep, path):
     """Adds a sweep's finished runs, SCRIPT/ENVIRONMENT/FLAGS/SEED below sweep, to path, in place of equal ones."""
     runs = read(path)
@@ -91,6 +101,7 @@ def add(sweep, path):
         task = " ".join([env_id, *(flag for flag in flags.split() if flag.startswith(TASK))])
         curve = dict(zip(steps.tolist(), returns.round(3).tolist(), strict=True))
         runs[label(script, flags), task, int(seed)] = curve
+    check_lengths(runs, f"{sweep} with {path}")
     rows = [(*run, *point) for run, curve in sorted(runs.items()) for point in curve.items()]
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("method", "env_id", "seed", "step", "mean"), *rows])
@@ -189,6 +200,7 @@ if __name__ == "__main__":
     runs = read(args.csv)
     if not runs:
         raise SystemExit(f"--csv {args.csv}: there is no such file, or no run in it")
+    check_lengths(runs, args.csv)
     env_ids = args.env_ids or sorted({env_id for _, env_id, _ in runs})
     curves = {env_id: defaultdict(dict) for env_id in env_ids}  # task -> method -> seed -> step -> return
     for (method, env_id, seed), curve in sorted(runs.items()):
@@ -197,8 +209,6 @@ if __name__ == "__main__":
     for env_id, methods in curves.items():
         if not methods:
             raise SystemExit(f"{args.csv} has no run of {env_id}, or none with these --seeds")
-        if len(ends := {max(curve) for seeds in methods.values() for curve in seeds.values()}) > 1:
-            raise SystemExit(f"{args.csv}: runs of {env_id} end at different steps, {sorted(ends)}")
     if not args.cost.exists():
         raise SystemExit(f"--cost {args.cost}: there is no such file; /dev/null: no costs")
     costs = {label(row["script"], row["flags"]): float(row["milliseconds"]) for row in csv.DictReader(args.cost.open())}

@@ -50,6 +50,8 @@ BAD_EPSILON = [("--epsilon -0.1", "--epsilon must be at least 0"), ("--epsilon i
 CASES = [("simpo_neg", *case) for case in BAD + BAD_POWER + BAD_EPSILON]
 CASES += [("simpo_power", *case) for case in BAD_POWER]
 BAD_KEPT = "--kept-draws must be from 1 to num_particles = 64; got "
+CASES += [(f"baselines/{name}", "--num-particles 1", "--num-particles must be at least 2") for name in ("qvpo", "sdac")]
+CASES += [("baselines/dppo", "--batch-size 1", "--batch-size must be at least 2")]
 CASES += [("baselines/qvpo", f"--kept-draws {n}", f"{BAD_KEPT}{n}") for n in (0, 65)]
 
 

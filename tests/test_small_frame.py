@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
-from small_frame import add, differences, floor
+from paper_frame import SIZES
+from small_frame import add, differences, floor, read
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -123,6 +124,23 @@ def test_returns_are_kept_to_three_digits(tmp_path):
     assert [row.split(",")[-1] for row in (tmp_path / "out.csv").read_text().split()[1:]] == ["0.123", "-7.001"]
 
 
+def test_a_sweep_of_another_length_is_refused_and_the_file_kept(tmp_path):
+    sweep(tmp_path / "runs", "cheetah", "none", 1, (0, 1))
+    (tmp_path / "out.csv").write_text("method,env_id,seed,step,mean\nsimpo_neg,cheetah,1,300,5\nsac,cheetah,1,200,9\n")
+    before = (tmp_path / "out.csv").read_text()
+    with pytest.raises(SystemExit, match="runs of cheetah end at different steps, \\[200, 300\\]"):
+        add(tmp_path / "runs", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == before
+
+
+@pytest.mark.parametrize("name", "authors epsilon particles paper_loss precision solver target_kl".split())
+def test_runs_that_a_comparison_took_from_the_small_frame_are_as_they_are_there(name):
+    """Same method, task and seed: the same returns, so that neither file is made anew without the other."""
+    small, other = (read(ROOT / f"benchmark/mujoco/{file}.csv") for file in ("small_frame", name))
+    shared = small.keys() & other.keys()
+    assert len(shared) >= 5 and all(small[run] == other[run] for run in shared)
+
+
 def test_no_computing_before_the_first_update(tmp_path):
     sweep(tmp_path / "runs", "Pendulum-v1", "num-particles=8", 1, (1, 7))
     out = small_frame(tmp_path, "Pendulum-v1", "--learning-starts=1000").stdout
@@ -140,16 +158,17 @@ def test_small_frame_writes_nothing_without_runs(tmp_path):
 def test_the_paper_frame_takes_no_other_run(tmp_path):
     kept = ROOT / "benchmark/mujoco/paper_frame_1.csv"
     before = kept.read_text()
-    sizes = dict(env_id="HalfCheetah-v4", hidden_dim=256, batch_size=256, num_particles=32, steps_per_update=5)
-    linear = sizes | dict(power=1.0, seed=9)  # simpo_power.py has no epsilon
-    neg = sizes | dict(power=1.0, epsilon=0.5, seed=1)
-    for name, settings in ("other", neg), ("small", neg | dict(hidden_dim=64)), ("linear", linear):
+    neg = SIZES | dict(seed=1)
+    linear = {name: value for name, value in neg.items() if name != "epsilon"}  # simpo_power.py has none
+    small, greedy = neg | dict(hidden_dim=64), neg | dict(target_kl=0.7)
+    for name, settings in ("other", neg), ("small", small), ("greedy", greedy), ("linear", linear):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         (tmp_path / name / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
     for name, why in (
         ("other", "it is another run's"),
         ("small", "is not of"),
+        ("greedy", "is not of"),
         ("linear", "is not of"),
         ("none", "has no eval.csv"),
     ):

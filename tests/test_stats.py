@@ -172,6 +172,12 @@ def test_command_refuses_what_it_cannot_compare(tmp_path):
     assert "--zero and --one must be methods with runs on A-v0: simpo_exp" in command(tmp_path, "--one", "sac").stderr
     same = command(tmp_path, "--zero", "simpo_exp", "--one", "simpo_exp").stderr
     assert same.startswith("--one must return more than --zero; on A-v0")
+    make_run(tmp_path, "random", 1, [0, 0], env_id="A-v0")
+    make_run(tmp_path, "random", 1, [0, 0], env_id="B-v0")
+    for seed in (1, 2):
+        make_run(tmp_path, "simpo_exp", seed, [1, 7], env_id="B-v0")
+    (error,) = command(tmp_path, "--zero", "random", "--one", "simpo_exp").stderr.splitlines()
+    assert "simpo_exp must have as many seeds on each task" in error and "{'A-v0': 1, 'B-v0': 2}" in error
     two = make_run(tmp_path, "simpo_exp", 1, [1, 7], env_id="A-v0")
     (error,) = command(tmp_path).stderr.splitlines()
     assert "two runs of one seed" in error and one.name in error and two.name in error
