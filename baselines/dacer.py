@@ -13,7 +13,7 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
 
 Departures from the authors' code (happy-yan/DACER): H of one Gaussian, a wide one for separate modes (of a mixture of
 3), after the policy's step; alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on two
-tasks; else 0.1, 30,000); velocities, cosine schedule, rates, updates per step (noises, variance-preserving, 1e-4, 1/20).
+tasks; 0.1, 30,000); velocities, cosine schedule, rates, updates per step (noises, variance-preserving, 1e-4, 1/20).
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
