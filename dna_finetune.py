@@ -64,7 +64,7 @@ class Args:
     # data
     data: File = ""  # .csv[.gz] with a column seq (A, C, G, T, equal lengths) and numbers; empty: a simulated assay
     target: str = "activity"  # column of --data to make high
-    split_column: str = ""  # number in which the parts are contiguous, e.g. position, copies or not; empty: random
+    split_column: str = ""  # number in which parts are contiguous, e.g. position; copies may be in two; empty: random
     simulated_sequences: Sequences = 16_000  # sequences of the simulated assay
     simulated_length: Length = 60  # bases per simulated sequence
     pretrained: File = ""  # denoiser to start from, made by this script or benchmark/dna_convert.py; empty: train it

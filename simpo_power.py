@@ -279,7 +279,7 @@ def make_env(args, training=False, video_folder=None):
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     fits = isinstance(obs_space, gym.spaces.Box) and isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not fits or space.low.ndim != 1 or not space.is_bounded() or (space.low >= space.high).any():
-        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions, low<high: {obs_space} {space}")
+        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions, low < high: got {space!r:.60}")
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":

@@ -11,9 +11,9 @@ the mean m_i and deviation d_i of the return; rewards count 0.2; b_i is a runnin
     policy    every 2nd update, by the new critics (theirs: the old): mean of -min_i m_i(s, a); then the targets follow
     alpha     loss log alpha (H + 0.9 A), H the mean entropy of Gaussians fitted to 200 actions a of each state
 
-Departures from the authors' code (happy-yan/DACER): H of one Gaussian, a wide one for separate modes (of a mixture of
-3), after the policy's step; alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on two
-tasks; 0.1, 30,000); velocities, cosine schedule, rates, updates per step (noises, variance-preserving, 1e-4, 1/20).
+Departures from the authors' code (happy-yan/DACER): H of one Gaussian (of a mixture of 3), after the policy's step;
+alpha steps every 1,000 updates (10,000); noise 0.15, 5,000 random steps (200,000 on two tasks; else 0.1, 30,000); this
+frame's velocities, solver, schedule, rates, updates per step (noises, 20 steps, variance-preserving, 1e-4, 1/20).
 
     python baselines/dacer.py --env-id HalfCheetah-v4
 """
@@ -262,7 +262,7 @@ def make_env(args, training=False, video_folder=None):
         raise SystemExit(f"--env-id {args.env_id}: {error}") from None
     fits = isinstance(obs_space, gym.spaces.Box) and isinstance(space, gym.spaces.Box) and space.dtype.kind == "f"
     if not fits or space.low.ndim != 1 or not space.is_bounded() or (space.low >= space.high).any():
-        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions, low<high: {obs_space} {space}")
+        raise SystemExit(f"--env-id {args.env_id} needs Box spaces, bounded 1-D actions, low < high: got {space!r:.60}")
     env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)
     env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -1.0, 1.0)  # rounds, hence the clip
     if training and args.reward_landscape != "native":

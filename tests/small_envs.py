@@ -108,6 +108,13 @@ class UnboundedActions(PointMass):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
 
 
+class ManyUnboundedActions(PointMass):
+    """Its observations and actions print as more than one line."""
+
+    observation_space = gym.spaces.Box(-np.linspace(1, 2, 30, dtype=np.float32), np.inf)
+    action_space = gym.spaces.Box(-np.linspace(1, 2, 30, dtype=np.float32), np.inf)
+
+
 class MatrixActions(PointMass):
     action_space = gym.spaces.Box(-1, 1, (2, 2))
 
@@ -137,6 +144,7 @@ for name, entry, kwargs in [
     ("SequenceObservations-v0", SequenceObservations, {}),
     ("FlatActions-v0", FlatActions, {}),
     ("UnboundedActions-v0", UnboundedActions, {}),
+    ("ManyUnboundedActions-v0", ManyUnboundedActions, {}),
     ("MatrixActions-v0", MatrixActions, {}),
     ("IntegerActions-v0", IntegerActions, {}),
     ("UnevenBounds-v0", UnevenBounds, {}),
