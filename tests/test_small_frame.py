@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
-from paper_frame import SIZES
+from paper_frame import JAX_SIZES, SIZES
 from small_frame import add, differences, floor, read
 
 
@@ -161,7 +161,9 @@ def test_the_paper_frame_takes_no_other_run(tmp_path):
     neg = SIZES | dict(seed=1)
     linear = {name: value for name, value in neg.items() if name != "epsilon"}  # simpo_power.py has none
     small, greedy = neg | dict(hidden_dim=64), neg | dict(target_kl=0.7)
-    for name, settings in ("other", neg), ("small", small), ("greedy", greedy), ("linear", linear):
+    jax = JAX_SIZES | dict(flow_rl="flow-rl", seed=1, updates=5)
+    runs = dict(other=neg, small=small, greedy=greedy, linear=linear, jax=jax)
+    for name, settings in runs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         (tmp_path / name / "eval.csv").write_text(before.splitlines()[0] + "\n10000,1.0,0.0,1.0,1.00\n")
@@ -170,6 +172,7 @@ def test_the_paper_frame_takes_no_other_run(tmp_path):
         ("small", "is not of"),
         ("greedy", "is not of"),
         ("linear", "is not of"),
+        ("jax", "is not of {'env_id': 'HalfCheetah-v4', 'hidden_dim': 256"),
         ("none", "has no eval.csv"),
     ):
         folder = tmp_path / name
