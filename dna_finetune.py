@@ -109,7 +109,7 @@ class Args:
     top_share: Share = 0.01  # most active share of the data, whose 3-mers count; the paper has 0.001 of 735,156
     seed: Seed = 1  # seed of the data, the pretraining and the oracles, and first seed of the fine-tuning
     seeds: Count = 1  # fine-tuning runs per method, with seeds seed, seed + 1, ...
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --sampling-dtype float32, too
     sampling_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # precision of sampling
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
@@ -407,7 +407,7 @@ def simulate(count, length, seed):
     allowed = [[[LETTERS.index(c) for c in IUPAC[code]] for code in consensus] for consensus, *_ in FACTORS.values()]
     rows = np.repeat(np.arange(count), rng.poisson(2.0, count))
     for row, factor in zip(rows, rng.integers(len(FACTORS), size=len(rows)), strict=True):
-        u, v, start = rng.random((3, len(allowed[factor])))
+        u, v, start = rng.random((3, len(allowed[factor])))  # start[0]: place, start[1]: strand
         site = np.array([letters[int(share * len(letters))] for letters, share in zip(allowed[factor], u, strict=True)])
         site = np.where(v < 0.06, (site + 1 + (50 * v).astype(int)) % 4, site)  # 6% mutated
         place = int(start[0] * (length - len(site) + 1))
@@ -460,7 +460,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies stay together in random parts.
+    Parts: 45% train the reward oracle, 45% the evaluation one, 10% none; if random, copies are parted only at a cut.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -715,9 +715,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # the finished stages are kept
         signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
-        device = torch.zeros(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
 
     # The data, and the models that are given as files, before any work.
     x, y, (for_reward, for_eval, _), origin = read_data(args)
@@ -784,8 +784,8 @@ if __name__ == "__main__":
     random_likelihood = log_likelihood(models["pretrained"], random_x, args.eval_elbo_draws, args.seed).median()
 
     # Fine-tuning and evaluation of every method with every seed.
-    tuned_by = "num_particles temperature_rule target_kl temperature rounds updates elbo_draws lr grad_norm loss_clip"
-    tuned_by = flags(f"{tuned_by} kl_weight samples_from sampling_steps sampling_dtype")
+    names = "num_particles temperature_rule target_kl temperature rounds updates elbo_draws lr grad_norm loss_clip"
+    tuned_by = flags(f"{names} kl_weight samples_from sampling_steps sampling_dtype")
     evaluated_by = flags("top_share sampling_steps eval_samples eval_elbo_draws seed sampling_dtype")
     judges = {} if args.data else dict(true_activity=true_activity)
     rows, curves = [], []

@@ -51,7 +51,7 @@ Natural = Annotated[int, "at least 0", lambda n: n >= 0]
 Positive = Annotated[float, "above 0 and finite", lambda x: 0 < x < math.inf]
 NonNegative = Annotated[float, "at least 0 and finite", lambda x: 0 <= x < math.inf]
 Share = Annotated[float, "from 0 to 1", lambda x: 0 <= x <= 1]
-CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16 below: not emulated; Intel only with AMX
+CPU, GPU = torch.cpu.get_capabilities(), torch.cuda.is_available()  # BF16: is it fast here? On Intel only with AMX
 BF16 = torch.cuda.is_bf16_supported(False) if GPU else CPU.get("avx512_bf16" if "AMD" in str(CPU) else "amx_bf16")
 CXX = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 LANDSCAPE_SPEED = {"dm_control/cheetah-run-v0": 10.0, "dm_control/walker-run-v0": 8.0}  # where z = 1, m/s
@@ -96,14 +96,14 @@ class Args:
     eval_draws: Count = 1  # actions drawn per step in evaluation; the critics' favourite is taken
     log_every: Count = 1_000  # environment steps between logged losses, weights and speeds
     checkpoint_every: Natural = 50_000  # environment steps between checkpoints; 0: only at the start and at the end
-    resume: str = ""  # runs/<run_name>: go on from its checkpoint; only length, evaluation and logging may change
+    resume: str = ""  # runs/<run_name>: go on from its checkpoint; length, evaluation, output and --compile may change
     evaluate: str = ""  # runs/<run_name>: evaluate its checkpoint, train nothing; arguments hold but where given anew
     capture_video: bool = False  # with --evaluate: record the first episode as runs/<run_name>/videos/*.mp4
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project
     device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --policy-dtype float32, too
     policy_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # of the policy's matrix products
-    compile: bool = bool(CXX)  # torch.compile the hot functions; it needs a C++ compiler and Python's headers
+    compile: bool = bool(CXX) and os.name != "nt"  # torch.compile what is hot; needs a C++ compiler, Python's headers
 
     def check(self):
         """SystemExit with one line for the first argument that makes no sense."""
@@ -216,7 +216,7 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs, num_actions, generator):
         """obs (B, S) -> num_actions draws per state, (B, K, A) in [-1, 1]; all randomness comes from the generator."""
-        steps = 1 if self.solver == "dpm" else len(self.step_coefficients)
+        steps = 1 if self.solver == "dpm" else self.steps
         noise = torch.randn(steps, len(obs), num_actions, self.action_dim, generator=generator, device=obs.device)
         # On a CPU go through the states in blocks whose activations stay in cache.
         block = max(1, 2048 // num_actions) if obs.device.type == "cpu" else len(obs)
@@ -367,8 +367,8 @@ if __name__ == "__main__":
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
     try:
-        generator = torch.Generator(args.device).manual_seed(args.seed)  # every draw in training
-    except RuntimeError as error:
+        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
@@ -377,8 +377,8 @@ if __name__ == "__main__":
     # Environments, networks, alpha, optimisers.
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    torch.manual_seed(args.seed + 20_000)  # the networks: with the seed alone they would be the first random actions
-    device, dtype = torch.device(args.device), getattr(torch, args.policy_dtype)
+    torch.manual_seed(args.seed + 20_000)  # networks; from the seed alone they'd have the numbers of the first actions
+    dtype, generator = getattr(torch, args.policy_dtype), torch.Generator(device).manual_seed(args.seed)  # all draws
     policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
     critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     critic_target = copy.deepcopy(critic)  # used under no_grad only
@@ -452,7 +452,7 @@ if __name__ == "__main__":
         return every and global_step // every - max(0, global_step - args.num_envs) // every
 
     def checkpoint():
-        check_finite(**dict(policy.named_parameters()), **dict(critic.named_parameters()))
+        check_finite(**{f"{name}.{n}": x for name in ("policy", "critic") for n, x in parts[name].named_parameters()})
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= dict(script=script, args=asdict(args), global_step=global_step, num_updates=num_updates)
         state |= dict(evaluations=evaluations, seconds=time.time() - start, log_alpha=log_alpha)

@@ -307,7 +307,7 @@ def simulate(count, length, seed):
     allowed = [[[LETTERS.index(c) for c in IUPAC[code]] for code in consensus] for consensus, *_ in FACTORS.values()]
     rows = np.repeat(np.arange(count), rng.poisson(2.0, count))
     for row, factor in zip(rows, rng.integers(len(FACTORS), size=len(rows)), strict=True):
-        u, v, start = rng.random((3, len(allowed[factor])))
+        u, v, start = rng.random((3, len(allowed[factor])))  # start[0]: place, start[1]: strand
         site = np.array([letters[int(share * len(letters))] for letters, share in zip(allowed[factor], u, strict=True)])
         site = np.where(v < 0.06, (site + 1 + (50 * v).astype(int)) % 4, site)  # 6% mutated
         place = int(start[0] * (length - len(site) + 1))
@@ -360,7 +360,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies stay together in random parts.
+    Parts: 45% train the reward oracle, 45% the evaluation one, 10% none; if random, copies are parted only at a cut.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
@@ -493,9 +493,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
-        device = torch.zeros(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
 
     # The run of dna_finetune.py: its data and its models.
     newest = max(Path("runs").glob("*__dna_finetune__*/models.json"), key=lambda path: path.stat().st_mtime, default="")

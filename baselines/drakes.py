@@ -73,7 +73,7 @@ class Args:
     # output and machine; data, T, number and measures (not precision) of the sequences are those of the --models run
     seed: Seed = 1  # first seed of the fine-tuning and of the draws
     seeds: Count = 1  # runs, with seeds seed, seed + 1, ...
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --sampling-dtype float32, too
     sampling_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # precision of evaluation
 
     def __post_init__(self):
@@ -285,7 +285,7 @@ def simulate(count, length, seed):
     allowed = [[[LETTERS.index(c) for c in IUPAC[code]] for code in consensus] for consensus, *_ in FACTORS.values()]
     rows = np.repeat(np.arange(count), rng.poisson(2.0, count))
     for row, factor in zip(rows, rng.integers(len(FACTORS), size=len(rows)), strict=True):
-        u, v, start = rng.random((3, len(allowed[factor])))
+        u, v, start = rng.random((3, len(allowed[factor])))  # start[0]: place, start[1]: strand
         site = np.array([letters[int(share * len(letters))] for letters, share in zip(allowed[factor], u, strict=True)])
         site = np.where(v < 0.06, (site + 1 + (50 * v).astype(int)) % 4, site)  # 6% mutated
         place = int(start[0] * (length - len(site) + 1))
@@ -490,9 +490,9 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
-        device = torch.zeros(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
 
     # The run of dna_finetune.py: its data and its models.
     newest = max(Path("runs").glob("*__dna_finetune__*/models.json"), key=lambda path: path.stat().st_mtime, default="")

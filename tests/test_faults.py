@@ -161,7 +161,7 @@ def test_networks_that_are_not_finite_are_never_saved(run_in, monkeypatch):
     """A loss that is finite in the last update, whose step is not: the checkpoint stays the one before."""
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda mine, theirs, tau: theirs[0].fill_(float("inf")))
     run_dir, code = run_in("run", "simpo_neg", *FLAGS, "--learning-starts", "115", "--total-timesteps", "120")
-    assert code.startswith("stopped at step 120: twins.0.0.weight is not finite")
+    assert code.startswith("stopped at step 120: critic.twins.0.0.weight is not finite")
     assert simpo_neg.load(run_dir / "checkpoint.pt")["global_step"] == 60
 
 
