@@ -66,7 +66,7 @@ if __name__ == "__main__":
     whole.axhline(PAPER, color="black", linestyle=":", label="the paper's second version, by a web listing")
     first.set(xlim=(0, 1.05e5), ylim=(-700, 5000), ylabel="return", title="the paper's sizes, first 100k steps")
     whole.set(xlim=(0, 1e6), title="HalfCheetah-v4, each seed")
-    for axes in first, whole:
-        axes.set_xlabel("environment steps")
-        axes.legend(fontsize="x-small", frameon=False, loc="upper left", bbox_to_anchor=(0, 0.93))
+    first.legend(fontsize="x-small", frameon=False, loc="upper left")
+    whole.legend(fontsize="x-small", frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    figure.supxlabel("environment steps", fontsize="medium")
     figure.savefig(HERE / "paper_frame.png", dpi=100)
