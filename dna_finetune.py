@@ -109,7 +109,7 @@ class Args:
     top_share: Share = 0.01  # most active share of the data, whose 3-mers count; the paper has 0.001 of 735,156
     seed: Seed = 1  # seed of the data, the pretraining and the oracles, and first seed of the fine-tuning
     seeds: Count = 1  # fine-tuning runs per method, with seeds seed, seed + 1, ...
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --sampling-dtype float32, too
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: with sampling in float32
     sampling_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # precision of sampling
     track: bool = False  # send arguments and TensorBoard scalars to Weights & Biases, too
     wandb_project: str = "simpo"  # Weights & Biases project

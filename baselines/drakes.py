@@ -73,7 +73,7 @@ class Args:
     # output and machine; data, T, number and measures (not precision) of the sequences are those of the --models run
     seed: Seed = 1  # first seed of the fine-tuning and of the draws
     seeds: Count = 1  # runs, with seeds seed, seed + 1, ...
-    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: --sampling-dtype float32, too
+    device: str = "cuda" if GPU else "cpu"  # cpu, cuda, cuda:1, ...; cpu beside a GPU: with sampling in float32
     sampling_dtype: Literal["float32", "bfloat16"] = "bfloat16" if BF16 else "float32"  # precision of evaluation
 
     def __post_init__(self):
@@ -338,7 +338,7 @@ def read_table(flag, path, columns):
 def read_data(args):
     """Sequences (N, L) uint8, activity (N,), rows of the three parts, and the data's origin, of which keys are made.
 
-    45% of the rows train the reward oracle, 45% the evaluation one, 10% nobody; copies stay together in random parts.
+    Parts: 45% train the reward oracle, 45% the evaluation one, 10% none; if random, copies are parted only at a cut.
     """
     if args.data:
         x, values = read_table("--data", args.data, [args.target, *filter(None, [args.split_column])])
