@@ -490,8 +490,8 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
     try:
-        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
-    except (RuntimeError, AssertionError, TypeError) as error:
+        device = torch.Generator(torch.zeros(1, device=args.device).double().device).device
+    except Exception as error:  # which one depends on the device, and MPS has no doubles
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
 
     # The run of dna_finetune.py: its data and its models.

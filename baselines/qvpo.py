@@ -367,8 +367,8 @@ if __name__ == "__main__":
     torch.compiler.set_stance("default" if args.compile else "force_eager")  # @torch.compile heeds it
     torch._inductor.config.cpp_wrapper = args.device == "cpu"  # no Python between the kernels of a compiled function
     try:
-        device = torch.zeros(1, dtype=torch.float64, device=args.device).device  # MPS has no float64
-    except (RuntimeError, AssertionError, TypeError) as error:
+        generator = torch.Generator(torch.zeros(1, device=args.device).double().device).manual_seed(args.seed)
+    except Exception as error:  # which one depends on the device, and MPS has no doubles
         raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0].split('. ')[0]}; use cpu") from None
     stop_signals = []  # the first signal asks for a checkpoint and the end, the second one ends at once
     for number in () if args.evaluate else (signal.SIGINT, signal.SIGTERM):
@@ -378,7 +378,7 @@ if __name__ == "__main__":
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, training=True)] * args.num_envs, autoreset_mode="Disabled")
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     torch.manual_seed(args.seed + 20_000)  # networks; from the seed alone they'd have the numbers of the first actions
-    dtype, generator = getattr(torch, args.policy_dtype), torch.Generator(device).manual_seed(args.seed)  # all draws
+    device, dtype = generator.device, getattr(torch, args.policy_dtype)
     policy = DiffusionPolicy(obs_dim, action_dim, args.hidden_dim, args.solver, args.diffusion_steps, dtype).to(device)
     critic = Critic(obs_dim, action_dim, args.hidden_dim).to(device)
     policy_target, critic_target = copy.deepcopy(policy), copy.deepcopy(critic)  # used under no_grad only

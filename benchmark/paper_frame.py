@@ -3,7 +3,7 @@
 python benchmark/paper_frame.py              # draws the files
 python benchmark/paper_frame.py runs/RUN     # takes the run's eval.csv first: of a new seed, or the same run, gone on
 
-Of the authors' code: the run directory of jax_curve.py at these sizes, paper_frame_jax_SEED.csv.
+A run of jax_curve.py at these sizes becomes paper_frame_jax_SEED.csv. Shaded: the deviation over episodes.
 """
 
 import csv
@@ -47,26 +47,23 @@ if __name__ == "__main__":
         shutil.copy(new, kept)
     figure = Figure(figsize=(11, 4), layout="constrained")
     first, whole = figure.subplots(1, 2, width_ratios=[2, 3])
-    labelled = set()
-
-    def name(label):
-        return None if label in labelled else labelled.add(label) or label
-
     for path in sorted(HERE.glob("paper_frame_*.csv")):
         rows = list(csv.DictReader(path.open()))
         step, mean, std = (np.array([float(row[name]) for row in rows]) for name in ("step", "mean", "std"))
         method = "gempo_jax" if "jax" in path.stem else "simpo_neg"
         color, label = small_frame.COLORS[method], f"{small_frame.NAMES[method]}, the paper's sizes"
-        first.plot(step, mean, color=color, marker=".", label=name(label))
+        first.plot(step, mean, color=color, marker=".", label=label)
         first.fill_between(step, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        whole.plot(step, mean, color=color, linewidth=2.5, label=name(f"{label} "))
+        whole.plot(step, mean, color=color, linewidth=2.5, label=label)
     for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
         color, label = small_frame.COLORS[method], f"{small_frame.NAMES[method]}, 64 units, batches of 64"
-        whole.plot(*zip(*sorted(curve.items()), strict=True), color=color, linewidth=1, label=name(label))
+        whole.plot(*zip(*sorted(curve.items()), strict=True), color=color, linewidth=1, label=label)
     whole.axhline(PAPER, color="black", linestyle=":", label="the paper's second version, by a web listing")
     first.set(xlim=(0, 1.05e5), ylim=(-700, 5000), ylabel="return", title="the paper's sizes, first 100k steps")
     whole.set(xlim=(0, 1e6), title="HalfCheetah-v4, each seed")
-    first.legend(fontsize="x-small", frameon=False, loc="upper left")
-    whole.legend(fontsize="x-small", frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    for axes, loc, corner in (first, "upper left", (0, 1)), (whole, "upper right", (1, 0.93)):
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        axes.legend(once.values(), once, fontsize="x-small", frameon=False, loc=loc, bbox_to_anchor=corner)
     figure.supxlabel("environment steps", fontsize="medium")
     figure.savefig(HERE / "paper_frame.png", dpi=100)

@@ -43,6 +43,7 @@ BAD = [
     ("--env-id :x", "--env-id :x: Empty module name"),
     ("--env-id Hopper-v4 --reward-landscape exp", "--env-id must be dm_control/cheetah-run-v0 or"),
     ("--device nonsense", "--device nonsense"),
+    ("--device meta", "--device meta"),
     ("--evaluate runs/nothing", "runs/nothing/checkpoint.pt cannot be used"),
     ("--resume runs/nothing", "runs/nothing/checkpoint.pt cannot be used"),
 ]

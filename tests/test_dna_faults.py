@@ -67,6 +67,7 @@ BAD_FLAGS = [
     ("--eval-samples 1", "--eval-samples must be at least 2"),
     ("--simulated-sequences 99", "--simulated-sequences must be at least 100"),
     ("--device nonsense", "--device nonsense"),
+    ("--device meta", "--device meta"),
 ]
 
 
