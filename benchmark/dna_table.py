@@ -3,10 +3,10 @@
     python benchmark/dna_table.py runs/simulated__* --out benchmark/dna/simulated
 
 Writes table.csv (mean and 95% t-interval over seeds), rows.csv (every seed), differences.csv (of every two methods,
-paired by seed), score_likelihood.png, and rounds.png: what the reward oracle says and what is true over the rounds of
-fine-tuning, thin lines being single seeds. A method's rows with the authors' lambdas or with --loss-clip are named so.
-largest_fall is how far the oracle's median ever was below its best before. Seconds are of the fine-tuning before and of
-one draw of the judged sequences, on the machine as it was.
+paired by seed), score_likelihood.png, and curves.csv and rounds.png: what the reward oracle says and what is true over
+the rounds of fine-tuning, thin lines being single seeds. A method's rows with the authors' lambdas or with --loss-clip
+are named so. largest_fall is how far the oracle's median ever was below its best before. Seconds are of the fine-tuning
+before and of one draw of the judged sequences, on the machine as it was.
 """
 
 import csv
@@ -129,6 +129,7 @@ if __name__ == "__main__":
             line[name] = "{:.2f} [{:.2f}, {:.2f}]".format(*interval([a - b for a, b in pairs])) if several else ""
         differences.append(line)
     write(args.out / "differences.csv", differences)
+    write(args.out / "curves.csv", curves)
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in methods:

@@ -139,29 +139,30 @@ def floor(returns):
 
 
 def draw(curves, minutes, path):
-    """Means over seeds, a column per task: SiMPO; Lin. Neg. and all others, over steps and minutes.
+    """Means over seeds, a column per task: SiMPO; Lin. Neg. and others, by steps; these and Linear by minutes.
 
     t-intervals from three seeds on, all along or, in a row of more than three methods, at the end, beside the line. A
-    row that compares nothing is left out; up to five methods share one. The legend has the number of seeds, by task.
+    row that compares nothing is left out; up to six methods share one. The legend has the number of seeds, by task.
     """
     known = list(dict.fromkeys(method for methods in curves.values() for method in methods if method not in PAPER))
     colors = itertools.cycle("C9 C4 C8 C5 gold magenta limegreen tan teal".split())
     color = COLORS | dict(zip((method for method in known if method not in COLORS), colors, strict=False))
     others = ["simpo_neg", *known]
-    timed = [method for method in others if minutes(method, 0) is not None]
+    timed = [method for method in ["simpo_power", *others] if minutes(method, 0) is not None]
     rows = [("weightings", list(PAPER), False), ("Lin. Neg. beside others", others, False)]
     rows += [("the same by computing\ntime, where measured", timed, True)]
-    if len({method for methods in curves.values() for method in methods}) <= 5:
+    if len({method for methods in curves.values() for method in methods}) <= 6:
         rows[:2] = [("", [*PAPER, *known], False)]
     rows = [row for row in rows if any(len(methods.keys() & row[1]) > 1 for methods in curves.values())]
     rows = rows or [("", [*PAPER, *known], False)]  # one method alone
     figure = Figure(figsize=(2 + max(7, 4 * len(curves)), 3.5 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(curves), sharey="col", squeeze=False)
+    panels = figure.subplots(len(rows), len(curves), squeeze=False)
     for row, (title, methods, by_minutes) in zip(panels, rows, strict=True):
         methods = [method for method in methods if any(method in curves_of for curves_of in curves.values())]
         for panel, (env_id, curves_of) in zip(row, curves.items(), strict=True):
             length = max(step for seeds in curves_of.values() for curve in seeds.values() for step in curve)
-            panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else "environment steps")
+            unit = "held actions" if "action-repeat=" in env_id else "environment steps"
+            panel.set(xlabel="minutes of one core, evaluations left out" if by_minutes else unit)
             panel.set(title=env_id.replace(" ", "\n") if row[0] is panels[0, 0] else "")
             for i, method in enumerate(method for method in methods if method in curves_of):
                 seeds = list(curves_of[method].values())
@@ -184,7 +185,8 @@ def draw(curves, minutes, path):
         names = [f"{name_of(method)} ({count})" for method, count in zip(methods, counts, strict=True)]
         lines = [Line2D([], [], color=color[method]) for method in methods]
         place = dict(loc="upper left", bbox_to_anchor=(1, 1), alignment="left")
-        row[-1].legend(lines, names, title=f"{title} (seeds)".strip(), fontsize="small", frameon=False, **place)
+        place |= dict(title=f"{title} (seeds, by panel)".strip(), fontsize="small", frameon=False)
+        row[-1].legend(lines, names, **place)
     figure.supylabel("return, 95% interval")
     figure.savefig(path, dpi=100)
 

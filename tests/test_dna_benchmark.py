@@ -286,6 +286,7 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     assert table["exp"]["largest_fall"].startswith("4.0 [") and table["cg"]["largest_fall"] == ""
     assert table["exp, authors"]["pred_activity"] == "3.00" and table["cg"]["true_activity"] == ""
     assert len(list(csv.DictReader(Path("table/rows.csv").open()))) == 6
+    assert [float(row["reward"]) for row in csv.DictReader(Path("table/curves.csv").open())][4:8] == [2, 6, 2, 4]
     assert all(Path("table", name).stat().st_size > 5000 for name in ("score_likelihood.png", "rounds.png"))
     difference = {row["difference"]: row for row in csv.DictReader(Path("table/differences.csv").open())}
     assert len(difference) == 6 and difference["exp, authors minus exp"]["pred_activity"] == ""  # one seed in common
