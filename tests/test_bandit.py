@@ -115,6 +115,7 @@ def test_every_update_has_times_and_noise_of_its_own(monkeypatch):
     assert len(seen) == 6
     for (i, noise), (j, other) in itertools.combinations(seen, 2):
         assert (i != j).any() and (noise != other).all()
+    assert all(len(row.unique()) == row.numel() for _, noise in seen for row in noise)
 
 
 def test_figure_1_shows_what_its_labels_say(monkeypatch):
@@ -149,6 +150,10 @@ def test_figure_1_shows_what_its_labels_say(monkeypatch):
     assert any(math.isnan(y) for panel in "bc" for _, y in series[panel, "closed form (8)"])  # case II
     assert any("case II" in name for panel, name in series if panel == "d")
     assert all(x[0][1] != x[1][1] for (panel, _), x in series.items() if panel == "d")
+    for panel, t in zip("bc", ("0.56", "0.25"), strict=True):
+        best = np.array(series[panel, "closed form (8)"])[:, 1]
+        distance = np.nanmedian(np.abs(best - 4))  # it is drawn in case I only
+        assert series["d", f"case I, t = {t}"][-1][1] == pytest.approx(distance, rel=0.01)
 
 
 def test_figures_2_and_3_show_their_stages_and_differences(tmp_path, monkeypatch):
@@ -168,8 +173,11 @@ def test_figures_2_and_3_show_their_stages_and_differences(tmp_path, monkeypatch
         assert np.array_equal(one, regret[m % 3]) and np.array_equal(other, regret[m % 3] - regret[2])
 
 
-def test_snapshots_of_a_fit_are_of_their_update():
-    _, snapshots = bandit.fit([torch.ones_like], replace(SMALL, fit_updates=5), batch=8)
+def test_snapshots_of_a_fit_are_of_their_update_and_its_learning_rate_falls(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    _, snapshots = bandit.fit([torch.ones_like], replace(SMALL, fit_updates=5, lr=0.6), batch=8)
+    assert rates == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     first, *_, last = (parameters for _, parameters in snapshots)
     assert all((a != b).any() for a, b in zip(first, last, strict=True))
 
@@ -185,14 +193,17 @@ def test_intervals_are_wilsons_and_the_bootstrap_s():
 
 def test_summary_counts_by_hand():
     """Twenty rounds, and the last ten, of two regrets; the local optimum's is 0.5."""
-    trials = bandit.trials_for(bandit.ESCAPE, ["Linear", "Square"], SMALL)
-    late = np.array([[[0.8, 0.21], [0.8, 0.24]], [[0.8, 0.21], [0.54, 0.54]]])
-    regret = np.concatenate([np.ones((2, 2, 20)), late.repeat(5, axis=2)], axis=2)
+    trials = bandit.trials_for(bandit.ESCAPE, ["Linear", "Square"], replace(SMALL, seeds=3))
+    late = np.array([[[0.8, 0.21], [0.8, 0.24], [0.6, 0.6]], [[0.8, 0.21], [0.54, 0.54], [0.48, 0.48]]])
+    regret = np.concatenate([np.ones((2, 3, 20)), late.repeat(5, axis=2)], axis=2)
     linear, square = bandit.summarise("x", trials, regret)
-    assert (linear["reached"], linear["trapped"], linear["trials"]) == (0, 2, 2)
-    assert (square["reached"], square["trapped"], square["minus_square"]) == (0, 1, 0)
-    assert (linear["final"], linear["mean"]) == pytest.approx((0.5125, (20 + 5.125) / 30))
-    assert linear["minus_square"] == pytest.approx(-0.01 / 3)
+    assert (linear["reached"], linear["trapped"], linear["trials"]) == (0, 2, 3)
+    assert (square["reached"], square["trapped"], square["minus_square"]) == (1, 2, 0)
+    assert (square["share"], linear["share"]) == pytest.approx((1 / 3, 0))
+    assert (linear["final"], linear["mean"]) == pytest.approx((0.541667, (20 + 5.41667) / 30))
+    assert linear["minus_square"] == pytest.approx(0.1 / 9)
+    for name in ("final", "mean", "share"):
+        assert square[f"{name}_low"] < square[name] < square[f"{name}_high"], name
 
 
 # ----------------------------------------------------------------------------------------------------- command line

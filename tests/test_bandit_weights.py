@@ -75,6 +75,8 @@ def test_weights_batch_float32_without_gradient():
 
 
 def test_dual_step_reaches_the_target_kl():
+    equal = torch.ones(1, 1, 32)  # their KL is 0
+    assert bandit.dual_step(torch.zeros(1, 1, 1), equal, 1.5, 0.2).item() == pytest.approx(-0.2 * 1.5)
     q = torch.rand(1, 4, 32, generator=torch.Generator().manual_seed(0))
     for method in METHODS:
         log_temperature = torch.zeros(1, 1, 1, dtype=torch.float64)

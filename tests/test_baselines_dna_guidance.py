@@ -244,7 +244,8 @@ def test_learning_rates_fall_to_a_tenth_along_a_cosine_and_gradients_of_denoiser
 
     def watched(self):
         group = self.param_groups[0]
-        seen.append((group["lr"], sum((p.grad**2).sum().item() for p in group["params"] if p.grad is not None) ** 0.5))
+        norm = sum((p.grad**2).sum().item() for p in group["params"] if p.grad is not None) ** 0.5
+        seen.append((group["lr"], norm, group["weight_decay"]))
         step(self)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
@@ -255,12 +256,16 @@ def test_learning_rates_fall_to_a_tenth_along_a_cosine_and_gradients_of_denoiser
 
     for script in (dna, guidance):
         monkeypatch.setattr(script, "elbo_loss", large)
+    dropouts, forward = [], torch.nn.Dropout.forward
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: dropouts.append(self.training) or forward(self, x))
     y, start = torch.arange(64.0), guidance.Denoiser(4, 1).requires_grad_(False)
     args = dna.Args(width=4, pretrain_steps=40, pretrain_lr=0.01, oracle_width=4, oracle_epochs=40, oracle_lr=0.02)
     dna.pretrain(ALL.byte(), args)
     dna.train_oracle(ALL.byte(), y, False, args)
+    assert dropouts == 40 * 3 * [True]
     guidance.train_conditional(start, ALL.byte(), y, guidance.Args(train_steps=40, train_lr=0.03))
-    rates, norms = zip(*seen, strict=True)
+    rates, norms, decays = zip(*seen, strict=True)
+    assert decays == 40 * (0,) + 40 * (1e-5,) + 40 * (0,)
     shape = [(1 + 9 * math.cos(math.pi * k / 80) ** 2) / 10 for k in range(40)]
     assert rates == pytest.approx([lr * share for lr in (0.01, 0.02, 0.03) for share in shape])
     assert norms[:40] + norms[80:] == pytest.approx([1] * 80, rel=1e-3)
@@ -294,6 +299,7 @@ def test_row_is_that_of_dna_finetune():
 
 
 GRIDS = dict(cg=["gamma"], smc=["alpha"], tds=["gamma", "alpha"], cfg=["w"])
+DRAWN_FROM = ("pretrained", "reward_oracle")
 
 
 @pytest.mark.parametrize("method", GRIDS)
@@ -302,7 +308,7 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     judge = torch.load(folder / "eval_oracle.pt", weights_only=True)
     judge["state"]["mean"].fill_(math.nan)  # who tunes or guides by it stops
     torch.save(judge, folder / "eval_oracle.pt")
-    grid = [word for name in GRIDS[method] for word in (f"--{name}", 0.5, 2)]
+    grid = [word for name in GRIDS[method] for word in (f"--{name}", 0.001, 1000)]  # the models are hardly trained
     flags = ["--method", method, *TINY, "--seeds", 2, *grid]
     made = [run_script("baselines/dna_guidance", *flags, folder="here") for _ in range(2)]
     rows, tuning = (list(csv.DictReader(open(made[0] / f"{name}.csv"))) for name in ("rows", "tuning"))
@@ -314,11 +320,15 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     settings, files = guidance.read_run(folder / "models.json")
     kinds = dict.fromkeys(files, "oracle") | dict(pretrained="denoiser")
     models = {name: dna.load_model(kinds[name], files[name], 16, "cpu") for name in files}
-    if method != "cfg":  # 8 tuning sequences in two batches of 4, their seed 20_001, evaluated ones 10_001
-        seeded, guide = generator(20_001), dict.fromkeys(GRIDS[method], 0.5)
-        parts = [guidance.draw(models["pretrained"], models["reward_oracle"], 4, 16, 4, seeded, **guide) for _ in "12"]
-        median = dna.predict(models["reward_oracle"], torch.cat(parts)).median().item()
-        assert float(tuning[0]["reward_oracle"]) == pytest.approx(median, rel=1e-4)
+    assert len({row["reward_oracle"] for row in tuning}) > 1
+
+    def drawn_with(row, batches, seed):
+        guide, denoiser, oracle = {name: float(row[name]) for name in GRIDS[method]}, *map(models.get, DRAWN_FROM)
+        return torch.cat([guidance.draw(denoiser, oracle, 4, 16, 4, seed, **guide) for _ in range(batches)])
+
+    for row in tuning if method != "cfg" else ():  # 8 sequences in two batches of 4
+        median = dna.predict(models["reward_oracle"], drawn_with(row, 2, generator(20_001))).median().item()
+        assert float(row["reward_oracle"]) == pytest.approx(median, rel=1e-4)
     again = list(csv.DictReader(open(made[1] / "rows.csv")))
     for first, second in zip(rows, again, strict=True):
         assert {k: v for k, v in first.items() if "seconds" not in k} == {
@@ -327,6 +337,7 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     fasta = (made[0] / f"{method}-seed2.fasta").read_text().split()
     assert len(fasta) == 20 and all(re.fullmatch("[ACGT]{16}", line) for line in fasta[1::2])
     drawn = torch.tensor([[dna.LETTERS.index(letter) for letter in line] for line in fasta[1::2]])
+    assert method == "cfg" or torch.equal(drawn, drawn_with(best, 3, generator(10_002))[:10])
     x, y, _, _ = dna.read_data(settings)
     expected = guidance.evaluate(drawn, models, x[y.argsort(descending=True)[:2]], settings)  # 1% of 200
     for name in ("reward_oracle", "kmer_correlation", "log_likelihood"):

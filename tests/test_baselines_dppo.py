@@ -207,7 +207,7 @@ def test_a_reward_of_twenty_deviations_counts_as_ten(run_script):
     flags += " --discount 0 --eval-every 0 --no-compile --device cpu --hidden-dim 8 --diffusion-steps 5"
     run_dir = run_script("baselines/dppo", *flags.split(), "--critic-lr", 1e-9)
     logged = EventAccumulator(str(run_dir)).Reload()
-    assert 0.2 < logged.Scalars("loss/critic")[-1].value < 0.6
+    assert 0.2 < logged.Scalars("loss/critic")[-1].value < 0.35
 
 
 @pytest.mark.parametrize("max_kl", [1e9, 2e-3])

@@ -51,6 +51,14 @@ def test_updates_per_step_and_networks(algo, steps_per_update, updates):
     assert any(isinstance(layer, torch.nn.Mish) for layer in model.critic.qf0)
 
 
+def test_settings_are_those_of_the_frame():
+    envs = DummyVecEnv([lambda: simpo_neg.make_env(simpo_neg.Args(env_id="small_envs:PointMass-v0"))] * 5)
+    sac, td3, ppo = (make_model(Args(algo=algo, device="cpu"), envs) for algo in ("sac", "td3", "ppo"))
+    assert all((x.gamma, x.learning_rate, x.batch_size) == (0.99, 3e-4, 256) for x in (sac, td3, ppo))
+    assert all((x.tau, x.learning_starts, x.buffer_size) == (0.005, 5_000, 1_000_000) for x in (sac, td3))
+    assert td3.action_noise._sigma.tolist() == [0.1] and (ppo.n_steps, ppo.n_epochs) == (819, 10)
+
+
 @pytest.mark.parametrize("algo", ["sac", "td3", "ppo", "random"])
 def test_a_run_has_its_flags_and_its_evaluations(run_script, algo):
     flags = ["--algo", algo, "--total-timesteps", "250", "--learning-starts", "50", "--eval-every", "100"]

@@ -122,8 +122,8 @@ def test_the_gradient_is_cut_at_its_norm():
 def test_negative_weights_push_below_what_positive_ones_reach():
     p, reward = random_law(8), torch.randn(64, generator=torch.Generator().manual_seed(9))
     worst = reward.argsort()[:20]
-    linear, _ = tune("linear", p, reward, rounds=30, num_particles=128, temperature=3.0)
-    negative, _ = tune("lin-neg", p, reward, rounds=30, num_particles=128, temperature=0.7)
+    linear, _ = tune("linear", p, reward, rounds=60, num_particles=128, temperature=0.3)
+    negative, _ = tune("lin-neg", p, reward, rounds=60, num_particles=128, temperature=0.3, epsilon=2.0)
     assert law(negative, 3)[worst].sum() < 0.7 * law(linear, 3)[worst].sum()
 
 

@@ -117,7 +117,7 @@ def test_critic_is_two_plain_networks():
     critic = simpo_neg.Critic(obs_dim=3, action_dim=2, hidden_dim=16)
     obs, action = torch.randn(4, 3), torch.randn(4, 7, 2)
     q = critic(obs, action)
-    assert q.shape == (2, 4, 7)
+    assert q.shape == (2, 4, 7) and (q[0] - q[1]).abs().min() > 0  # twins that start equal stay equal
     for twin, values in zip(critic.twins, q, strict=True):
         h = torch.cat([obs[:, None].expand(4, 7, 3), action], dim=-1)
         for layer in twin[:-1]:

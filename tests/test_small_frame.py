@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 
+import matplotlib.axes
 import pytest
 from conftest import ROOT
 from torch.utils.tensorboard import SummaryWriter
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 sys.path.append(str(ROOT / "benchmark"))
 from inside import PANELS
 from paper_frame import JAX_SIZES, SIZES
-from small_frame import add, differences, floor, read
+from small_frame import add, differences, draw, floor, read
 
 
 def sweep(folder, env_id, flags, seed, returns):
@@ -65,6 +66,16 @@ def test_small_frame_reads_a_sweep_and_compares_at_equal_computing_time(tmp_path
     assert result.returncode == 1 and result.stderr == "--minutes -1.0: it must be 0 or more\n"
     result = small_frame(tmp_path, "Pendulum-v1", "--last=0")
     assert result.returncode == 1 and result.stderr == "--last 0: it must be 1 or more\n"
+
+
+def test_the_picture_has_the_means_over_steps_and_minutes(tmp_path, monkeypatch):
+    drawn, plot = [], matplotlib.axes.Axes.plot
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda *x, **more: drawn.append(x[1:3]) or plot(*x, **more))
+    curves = {"A": {"simpo_neg": {1: {100: 1.0, 300: 7.0}, 2: {100: 3.0, 300: 9.0}}, "qsm": {1: {100: 5.0, 300: 6.0}}}}
+    draw(curves, lambda method, step: step / 100 if method == "simpo_neg" else step / 50, tmp_path / "a.png")
+    means = [[list(x), list(y)] for x, y in drawn]
+    assert means[:2] == [[[100, 300], [2, 8]], [[100, 300], [5, 6]]]
+    assert means[2:] == [[[1, 3], [2, 8]], [[2, 6], [5, 6]]]
 
 
 def test_differences_are_of_equal_seeds(capsys):

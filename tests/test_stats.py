@@ -137,21 +137,22 @@ def test_command_compares_at_steps_that_all_runs_reached_on_a_common_scale(tmp_p
     assert {line.split()[0] for line in result.stdout.splitlines() if line} == {"task", "A-v0", "dm_control/B", "all"}
 
 
-def test_profiles_are_of_the_last_returns_and_not_of_areas(tmp_path, monkeypatch):
+def test_curves_are_means_and_profiles_of_the_last_returns(tmp_path, monkeypatch):
     for seed in (1, 2):
         make_run(tmp_path, "falls", seed, [8, 4, seed], env_id="A-v0")
         make_run(tmp_path, "stays", seed, [9, 9, 9], env_id="A-v0")
-    profiles, plot = {}, matplotlib.axes.Axes.plot
+    drawn, plot = {}, matplotlib.axes.Axes.plot
 
     def watched(self, *points, label=None, **kwargs):
-        profiles[label] = points
+        drawn[label] = points
         return plot(self, *points, label=label, **kwargs)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", watched)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", "stats.py runs --out results".split())
     runpy.run_path(str(ROOT / "benchmark" / "stats.py"), run_name="__main__")
-    assert np.interp([0.9, 1.5, 2.1], *profiles["falls"]).tolist() == [1, 0.5, 0]
+    assert drawn["falls (2)"][1].tolist() == [8, 4, 1.5] and drawn["stays (2)"][1].tolist() == [9, 9, 9]
+    assert np.interp([0.9, 1.5, 2.1], *drawn["falls"]).tolist() == [1, 0.5, 0]  # not of areas
 
 
 def test_command_has_no_scale_for_all_tasks_by_itself(tmp_path):
