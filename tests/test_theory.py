@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
+import dna_finetune
 import simpo_exp
 import simpo_neg
 import simpo_power
@@ -18,7 +19,7 @@ VARIANTS = {
     "sqr-neg": lambda q, t: simpo_neg.reweight(q, t, 2.0, 0.5)[0],
     "sqr-neg, epsilon 5": lambda q, t: simpo_neg.reweight(q, t, 2.0, 5.0)[0],
     # wd1 (example 3.4) is an increasing g too; its weights sum to 0, so the normalised measure is 1 + wd1
-    "wd1": lambda q, t: 1 + simpo_exp.reweight(q, t)[0] - simpo_exp.reweight(-q, t)[0],
+    "wd1": lambda q, t: 1 + dna_finetune.weigh("wd1", q, t, 0.0),
 }
 
 
