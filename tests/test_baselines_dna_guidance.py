@@ -299,7 +299,6 @@ def test_row_is_that_of_dna_finetune():
 
 
 GRIDS = dict(cg=["gamma"], smc=["alpha"], tds=["gamma", "alpha"], cfg=["w"])
-DRAWN_FROM = ("pretrained", "reward_oracle")
 
 
 @pytest.mark.parametrize("method", GRIDS)
@@ -323,8 +322,8 @@ def test_run_tunes_by_the_reward_oracle_and_writes_a_row_per_seed(run_script, tm
     assert len({row["reward_oracle"] for row in tuning}) > 1
 
     def drawn_with(row, batches, seed):
-        guide, denoiser, oracle = {name: float(row[name]) for name in GRIDS[method]}, *map(models.get, DRAWN_FROM)
-        return torch.cat([guidance.draw(denoiser, oracle, 4, 16, 4, seed, **guide) for _ in range(batches)])
+        pair, guide = (models["pretrained"], models["reward_oracle"]), {x: float(row[x]) for x in GRIDS[method]}
+        return torch.cat([guidance.draw(*pair, 4, 16, 4, seed, **guide) for _ in range(batches)])
 
     for row in tuning if method != "cfg" else ():  # 8 sequences in two batches of 4
         median = dna.predict(models["reward_oracle"], drawn_with(row, 2, generator(20_001))).median().item()

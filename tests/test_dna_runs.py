@@ -83,14 +83,10 @@ def test_run_makes_what_it_promises_and_repeats_itself(run_dna, tmp_path):
         path.unlink()
     again, _ = run_dna("--seeds", "2")
     assert (again / "rows.csv").read_text() == (made / "rows.csv").read_text()
-    other, _ = run_dna(
-        "--seed", "2", "--methods", "exp"
-    )  # other data and models than those that --seeds 2 goes on with
+    other, _ = run_dna("--seed", "2", "--methods", "exp")  # its data and models are not those of seed 1's runs
     for row in csv.DictReader(open(other / "rows.csv")):
-        same = next(r for r in rows if (r["method"], r["seed"]) == (row["method"], "2"))
-        assert row["seed"] == "2" and all(
-            row[x] != same[x] for x in ("pred_activity", "true_activity", "reward_oracle")
-        )
+        same = next(r for r in rows if (r["method"], r["seed"]) == (row["method"], row["seed"]))
+        assert all(row[name] != same[name] for name in ("pred_activity", "true_activity", "reward_oracle"))
 
 
 def test_data_parts_and_models_hang_on_the_seed():
