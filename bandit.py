@@ -344,9 +344,9 @@ def mean_interval(x):
     return np.stack([x.mean(0), interval.low, interval.high])
 
 
-def share_interval(success):
+def share_interval(count, trials):
     """Share of trials and its 95% Wilson interval: (3,)."""
-    result = binomtest(int(np.sum(success)), len(success))
+    result = binomtest(count, trials)
     return np.array([result.statistic, *result.proportion_ci(method="wilson")])
 
 
@@ -360,11 +360,11 @@ def summarise(setting, trials, regret):
     final, mean = regret[..., -10:].mean(-1), regret.mean(-1)  # (methods, seeds)
     square = mean[[trial.method for trial in firsts].index("Square")]
     for trial, x, y in zip(firsts, final, mean, strict=True):
-        arrived, stuck = x < local, np.abs(x - local) < 0.03
         row = dict(setting=setting, method=trial.method, epsilon=trial.epsilon, trials=len(x))
-        row |= dict(reached=int(arrived.sum()), trapped=int(stuck.sum()))
+        row |= dict(reached=int((x < local).sum()), trapped=int((np.abs(x - local) < 0.03).sum()))
         intervals = dict(final=mean_interval(x), mean=mean_interval(y), minus_square=mean_interval(y - square))
-        for name, (middle, low, high) in (intervals | dict(share=share_interval(arrived))).items():
+        intervals["share"] = share_interval(row["reached"], len(x))
+        for name, (middle, low, high) in intervals.items():
             row |= {name: middle, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return rows
@@ -500,7 +500,7 @@ def figure_2(args):
     summary = summarise("escape", trials, regret)
     figure, axes = plt.subplots(2, 5, figsize=(15, 6), layout="constrained")
     plot_reward(axes[0, 0], ESCAPE, "reward and start")
-    histograms, bins = [], np.linspace(-args.action_bound, args.action_bound, 61)
+    histograms, bins = [], np.linspace(*np.float32([-args.action_bound, args.action_bound]).astype(float), 61)
     middles = (bins[1:] + bins[:-1]) / 2
     first, middle = dict(color="grey", fill=True, alpha=0.4), dict(color="black", linestyle=":")
     for m, method in enumerate(METHODS):

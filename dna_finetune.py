@@ -224,8 +224,8 @@ def sample(denoiser, count, length, steps, generator, dtype="float32", batch=64)
 def reweight(q, temperature, power, epsilon):
     """Weights w = g((q - nu) / temperature) of K actions, with nu such that they average 1: (9), (11), appendix E.
 
-    g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), temperature, power > 0, epsilon >= 0;
-    returns weights (..., K) and nu (..., 1) in q's dtype.
+    g(y) = y^power for y > 0 and max(y, -epsilon) below. Finite q (..., K), power > 0, epsilon >= 0, temperature
+    > 0, one or (..., 1); returns weights (..., K) and nu (..., 1) in q's dtype.
     For another g the branches do not hold: bisect y_max until g(y_max - gap), which rises in it, has mean 1.
     """
     K = q.shape[-1]
@@ -274,7 +274,7 @@ def weigh(method, q, temperature, epsilon):
 def solve_temperature(method, q, args):
     """lambda (..., 1) for which the KL of the weights from uniform is delta, where (30) comes to rest; or the flag's.
 
-    As in appendix G the entropy is that of the clipped weights; for wd1, that of its first softmax.
+    Appendix G's entropy is of the clipped weights; wd1's, of its first softmax. Out of reach (ties): 1e-3 deviations.
     """
     spread = q.double().std(-1, keepdim=True).clamp(min=1e-9)
     if args.temperature:

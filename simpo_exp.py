@@ -76,7 +76,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # soft update of the target critics, per update
+    tau: Share = 0.005  # soft update of the target networks
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -110,7 +110,7 @@ class Args:
 
 
 def mish(x):
-    """x tanh(log(1 + e^x)), with one exponential."""
+    """x tanh(log(1 + e^x)), with one exponential, in float32."""
     n = x.float().clamp(max=20).exp()
     n = n * (n + 2)
     return (x * (n / (n + 2))).to(x.dtype)
@@ -129,7 +129,7 @@ class Critic(nn.Module):
         """obs (B, S), action (B, K, A) -> both Q (2, B, K); what depends on the state alone is done once per state."""
         q = []
         for first, second, third, last in self.twins:
-            obs_weight, action_weight = first.weight.split([obs.shape[-1], action.shape[-1]], dim=1)
+            obs_weight, action_weight = first.weight.split([obs.shape[1], action.shape[2]], dim=1)
             h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
             q.append(last(mish(third(mish(second(h))))).squeeze(-1))
         return torch.stack(q)
@@ -213,7 +213,7 @@ class DiffusionPolicy(nn.Module):
 def reweight(q, temperature):
     """Weights w = exp((q - nu) / temperature) of K actions, with nu such that they average 1: (2), (5).
 
-    Finite q (..., K), temperature > 0; returns weights (..., K) and nu (..., 1) in q's dtype.
+    Finite q (..., K), temperature > 0, one or (..., 1); returns weights (..., K) and nu (..., 1) in q's dtype.
     """
     K = q.shape[-1]
     q_max = q.double().amax(-1, keepdim=True)
@@ -295,7 +295,7 @@ def evaluate(policy, critic, args, stop_signals=()):
         with torch.no_grad():
             best = critic(obs, actions).amin(0).argmax(-1)
         obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~(terminated | truncated)
     envs.close()
     return returns
@@ -514,8 +514,8 @@ if __name__ == "__main__":
             # Their weights (9). lambda starts where the KL of the first ones is nearest to the target.
             if num_updates == 0 and args.temperature == 0:
                 grid = torch.logspace(-8, 8, 321, device=device)
-                weights, _ = reweight(particle_q, grid[:, None, None])  # (321, B, K)
-                log_temperature.data.copy_(grid[(kl(weights) - args.target_kl).abs().argmin()].log())
+                kls = torch.stack([kl(reweight(particle_q, x)[0]) for x in grid])
+                log_temperature.data.copy_(grid[(kls - args.target_kl).abs().argmin()].log())
             temperature = log_temperature.detach().exp()
             weights, _ = compiled_reweight(particle_q, temperature)
 

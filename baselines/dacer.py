@@ -88,7 +88,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # soft update of the target critics, per update
+    tau: Share = 0.005  # soft update of the target networks
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -120,7 +120,7 @@ class Args:
 
 
 def mish(x):
-    """x tanh(log(1 + e^x)), with one exponential."""
+    """x tanh(log(1 + e^x)), with one exponential, in float32."""
     n = x.float().clamp(max=20).exp()
     n = n * (n + 2)
     return (x * (n / (n + 2))).to(x.dtype)
@@ -144,7 +144,7 @@ class Critic(nn.Module):
         """obs (B, S), action (B, K, A) -> means and deviations (2, B, K)."""
         outputs = []
         for first, second, third, last in self.twins:
-            obs_weight, action_weight = first.weight.split([obs.shape[-1], action.shape[-1]], dim=1)
+            obs_weight, action_weight = first.weight.split([obs.shape[1], action.shape[2]], dim=1)
             h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
             outputs.append(last(mish(third(mish(second(h))))))
         mean, deviation = torch.stack(outputs).unbind(-1)
@@ -225,7 +225,7 @@ class DiffusionPolicy(nn.Module):
 
 def act(policy, obs, num_actions, std, generator):
     """Draws with Gaussian noise, clipped, differentiable through all steps: obs (B, S) -> (B, num_actions, A)."""
-    steps = 1 if policy.solver == "dpm" else len(policy.step_coefficients)
+    steps = 1 if policy.solver == "dpm" else policy.steps
     noise = torch.randn(steps + 1, len(obs), num_actions, policy.action_dim, generator=generator, device=obs.device)
     return (policy.denoise(obs, noise[:-1]) + std * noise[-1]).clamp(-1, 1)
 
@@ -304,7 +304,7 @@ def evaluate(policy, critic, args, stop_signals=()):
         with torch.no_grad():
             best = critic(obs, actions).amin(0).argmax(-1)
         obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~(terminated | truncated)
     envs.close()
     return returns

@@ -74,7 +74,7 @@ class Args:
     tuning_samples: Several = 128  # sequences that are drawn to judge one setting
 
     # conditional model of cfg
-    class_share: Share = 0.1  # most active share of the data, which is class 1
+    class_share: Share = 0.1  # most active share of the reward oracle's part of the data, class 1
     train_steps: Count = 2_500  # Adam steps
     train_batch: Count = 64  # sequences per step
     train_lr: Positive = 1e-3  # learning rate, falling to a tenth along a cosine

@@ -108,7 +108,7 @@ class Args:
 
 
 def mish(x):
-    """x tanh(log(1 + e^x)), with one exponential."""
+    """x tanh(log(1 + e^x)), with one exponential, in float32."""
     n = x.float().clamp(max=20).exp()
     n = n * (n + 2)
     return (x * (n / (n + 2))).to(x.dtype)
@@ -183,7 +183,7 @@ class DiffusionPolicy(nn.Module):
     def log_prob(self, obs, noisy_action, next_action, i, std):
         """l of the steps of rows i (B,): obs (B, S), a_t and a_u (B, A), std (T,) -> (B,)."""
         obs_embedding, time_embedding = self.embed(obs)
-        one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
+        one_hot = F.one_hot(i, self.steps).float()  # the gradient of time_embedding[i] is not deterministic
         mean, std = self.step_mean(noisy_action, obs_embedding[:, 0] + one_hot @ time_embedding, i), std[i][:, None]
         log_prob = -(((next_action - mean) / std) ** 2) / 2 - std.log() - math.log(2 * math.pi) / 2
         return log_prob.clamp(-5, 2).mean(-1)
@@ -210,7 +210,7 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs, std, generator):
         """obs (B, S), std (T,) -> a draw per state with its chain (B, T + 1, A), a_0 first; may leave [-1, 1]."""
-        shape = len(self.step_coefficients) + 1, len(obs), self.action_dim
+        shape = self.steps + 1, len(obs), self.action_dim
         return self.denoise(obs, torch.randn(shape, generator=generator, device=obs.device), std)
 
 
@@ -304,7 +304,7 @@ def evaluate(policy, obs_moments, args, stop_signals=()):
     while running.any() and not stop_signals:
         actions = policy.sample(obs_moments.normalize(obs, args.device), policy.step_std(0.0), generator)[:, 0]
         obs, reward, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~(terminated | truncated)
     envs.close()
     return returns

@@ -88,7 +88,7 @@ class Args:
     policy_lr_end: NonNegative = 3e-5  # learning rate of the policy at the end, reached linearly
     critic_lr: Positive = 3e-4  # learning rate of the critics
     discount: Share = 0.99  # gamma, the discount per step
-    tau: Share = 0.005  # soft update of the target critics, per update
+    tau: Share = 0.005  # soft update of the target networks
 
     # evaluation, output, machine
     eval_every: Natural = 10_000  # environment steps between evaluations, and one at the end; 0 turns evaluation off
@@ -120,7 +120,7 @@ class Args:
 
 
 def mish(x):
-    """x tanh(log(1 + e^x)), with one exponential."""
+    """x tanh(log(1 + e^x)), with one exponential, in float32."""
     n = x.float().clamp(max=20).exp()
     n = n * (n + 2)
     return (x * (n / (n + 2))).to(x.dtype)
@@ -139,7 +139,7 @@ class Critic(nn.Module):
         """obs (B, S), action (B, K, A) -> both Q (2, B, K); what depends on the state alone is done once per state."""
         q = []
         for first, second, third, last in self.twins:
-            obs_weight, action_weight = first.weight.split([obs.shape[-1], action.shape[-1]], dim=1)
+            obs_weight, action_weight = first.weight.split([obs.shape[1], action.shape[2]], dim=1)
             h = mish(F.linear(obs, obs_weight, first.bias)[:, None] + F.linear(action, action_weight))  # (B, K, H)
             q.append(last(mish(third(mish(second(h))))).squeeze(-1))
         return torch.stack(q)
@@ -188,7 +188,7 @@ class DiffusionPolicy(nn.Module):
     def loss(self, obs, noisy_action, i, target_noise):
         """Q-score matching: obs (B, S), noisy_action a_t and target_noise eps* (B, 1, A), row i (B, 1)."""
         obs_embedding, time_embedding = self.embed(obs)
-        one_hot = F.one_hot(i, len(time_embedding)).float()  # the gradient of time_embedding[i] is not deterministic
+        one_hot = F.one_hot(i, self.steps).float()  # the gradient of time_embedding[i] is not deterministic
         embedding = obs_embedding + one_hot @ time_embedding  # (B, 1, H)
         alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, 1, 1)
         noise = sigma * noisy_action + alpha * self.velocity(noisy_action, embedding)  # eps_theta
@@ -299,7 +299,7 @@ def evaluate(policy, critic, args, stop_signals=()):
         with torch.no_grad():
             best = critic(obs, actions).amin(0).argmax(-1)
         obs, reward, terminated, truncated, _ = envs.step(actions[torch.arange(len(obs)), best].cpu().numpy())
-        returns += running * reward
+        returns[running] += reward[running]
         running &= ~(terminated | truncated)
     envs.close()
     return returns

@@ -58,7 +58,7 @@ def plot_sweeps(axes, name, base, sweeps, methods, quantity, args):
         for m, method in enumerate(methods):
             mine = [r for r in rows if r["method"] == method and r["setting"].startswith(f"{name}{field} =")]
             if quantity == "trapped":
-                y, low, high = np.transpose([share_interval(np.arange(r["trials"]) < r["trapped"]) for r in mine])
+                y, low, high = np.transpose([share_interval(r["trapped"], r["trials"]) for r in mine])
             else:
                 y, low, high = (np.array([r[quantity + end] for r in mine]) for end in ("", "_low", "_high"))
             x = np.array(values) * (1 + 0.01 * (m - 1))  # side by side

@@ -19,13 +19,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLUMNS = {  # of the table: digits
-    **dict(pred_activity=2, reward_oracle=2, true_activity=2, kmer_correlation=2, log_likelihood=1),
+    **dict(pred_activity=2, reward_oracle=2, true_activity=2, kmer_correlation=2, accessible=2, log_likelihood=1),
     **dict(distinct=3, distance=3, largest_fall=1, train_seconds=0, draw_seconds=0),
 }
 COLOURS = dict(zip("wd1 exp linear square lin-neg sqr-neg".split(), plt.cm.tab10.colors, strict=False))
@@ -47,7 +47,7 @@ def read(folder):
         suffix += f", clip {settings['loss_clip']:g}" if settings.get("loss_clip", math.inf) < math.inf else ""
         models = Path(settings.get("models") or folder / "models.json")
         judged = json.loads((models.parent / "args.json").read_text())
-        names = "data sampling_steps eval_samples eval_elbo_draws top_share".split()
+        names = "data target sampling_steps eval_samples eval_elbo_draws top_share".split()
         judged = models.read_text(), *(judged.get(name) for name in names)
         tables = [list(csv.DictReader((folder / "rows.csv").open())), []]
         if (folder / "curves.csv").exists():
@@ -70,9 +70,8 @@ def read(folder):
 
 def interval(values):
     """Mean and the ends of its 95% t-interval; nan where one value says nothing."""
-    mean, n = np.mean(values), len(values)
-    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
-    return mean, mean - half, mean + half
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95) if len(values) > 1 else (np.nan, np.nan)
+    return np.mean(values), low, high
 
 
 def write(path, rows):

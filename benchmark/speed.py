@@ -8,6 +8,7 @@ One thread: OMP_NUM_THREADS=1. The authors' JAX on the same machine: benchmark/j
 
 import copy
 import resource
+import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -44,7 +45,7 @@ def milliseconds(function, device, repeats):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[2:])[repeats // 2]
+    return statistics.median(times[2:])
 
 
 def measure(args, obs_dim, action_dim):

@@ -176,7 +176,7 @@ if __name__ == "__main__":
         curves[task] = {name: (steps, (returns - zero) / (one - zero)) for name, (steps, returns) in methods.items()}
     for name in names if len(curves) > 1 and args.one else ():
         counts = {task: len(methods[name][1]) for task, methods in curves.items() if name in methods}
-        if len(set(counts.values())) > 1:
+        if len(counts) == len(curves) and len(set(counts.values())) > 1:
             raise SystemExit(f"{name} must have as many seeds on each task, for a row of all tasks; it has {counts}")
     last = {task: {name: x[:, -1] for name, (_, x) in methods.items()} for task, methods in curves.items()}
     areas = {task: {name: area(*run) for name, run in methods.items()} for task, methods in curves.items()}

@@ -183,7 +183,7 @@ def test_snapshots_of_a_fit_are_of_their_update_and_its_learning_rate_falls(monk
 
 
 def test_intervals_are_wilsons_and_the_bootstrap_s():
-    assert bandit.share_interval([True] * 27 + [False] * 3) == pytest.approx([0.9, 0.7438, 0.9654], abs=1e-4)
+    assert bandit.share_interval(27, 30) == pytest.approx([0.9, 0.7438, 0.9654], abs=1e-4)
     x = np.random.default_rng(1).normal(3, 2, (400, 2))
     half = 1.96 * x.std(0) / 20
     mean, low, high = bandit.mean_interval(x)
@@ -204,6 +204,8 @@ def test_summary_counts_by_hand():
     assert linear["minus_square"] == pytest.approx(0.1 / 9)
     for name in ("final", "mean", "share"):
         assert square[f"{name}_low"] < square[name] < square[f"{name}_high"], name
+    above, _ = bandit.summarise("x", trials, np.stack([regret[1] + 0.25, regret[1]]))  # paired: no width
+    assert [above[f"minus_square{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.25] * 3)
 
 
 # ----------------------------------------------------------------------------------------------------- command line

@@ -87,6 +87,14 @@ def test_dual_step_reaches_the_target_kl():
         assert (math.log(32) + (p * p.log()).sum(-1)).mean().item() == pytest.approx(1.5, abs=1e-3), method
 
 
+def test_the_clip_of_the_entropy_is_a_millionth():
+    """All weight on one of 32: the entropy is that of 31 shares of 1e-6 / 32, about 31e-6 / 32 (1 + log 32e6)."""
+    weights = torch.zeros(1, 1, 32)
+    weights[..., 0] = 32
+    step = bandit.dual_step(torch.zeros(1, 1, 1, dtype=torch.float64), weights, math.log(32), 1.0).item()
+    assert step == pytest.approx(-1.771e-5, rel=1e-3)
+
+
 def test_floor_per_trial():
     """Linear and Lin. Neg. are one call with a column of floors."""
     q = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))

@@ -413,4 +413,4 @@ def test_a_law_that_is_not_finite_stops_with_one_line(settings):
     p, reward = random_law(3), Reward(random_reward(5, 100.0))
     with pytest.raises(SystemExit, match="not finite"):
         guidance.draw(table(p), reward, 4, 3, 2, generator(), **settings)
-    assert not math.isnan(guidance.draw(table(p), reward, 4, 3, 2, generator(), gamma=1.0).double().mean())
+    assert set(guidance.draw(table(p), reward, 4, 3, 2, generator(), gamma=1.0).unique().tolist()) <= {0, 1, 2, 3}

@@ -53,7 +53,8 @@ def test_updates_per_step_and_networks(algo, steps_per_update, updates):
 
 def test_settings_are_those_of_the_frame():
     envs = DummyVecEnv([lambda: simpo_neg.make_env(simpo_neg.Args(env_id="small_envs:PointMass-v0"))] * 5)
-    sac, td3, ppo = (make_model(Args(algo=algo, device="cpu"), envs) for algo in ("sac", "td3", "ppo"))
+    sac, td3, ppo = (make_model(Args(algo=algo, seed=7, device="cpu"), envs) for algo in ("sac", "td3", "ppo"))
+    assert [x.seed for x in (sac, td3, ppo)] == [7, 7, 7]
     assert all((x.gamma, x.learning_rate, x.batch_size) == (0.99, 3e-4, 256) for x in (sac, td3, ppo))
     assert all((x.tau, x.learning_starts, x.buffer_size) == (0.005, 5_000, 1_000_000) for x in (sac, td3))
     assert td3.action_noise._sigma.tolist() == [0.1] and (ppo.n_steps, ppo.n_epochs) == (819, 10)
@@ -74,6 +75,15 @@ def test_a_run_has_its_flags_and_its_evaluations(run_script, algo):
         args, rng = Args(env_id=SMALL[1], eval_episodes=3, device="cpu"), np.random.default_rng(1)
         expected = evaluate(lambda obs: rng.uniform(-1, 1, (3, 1)).astype(np.float32), args).mean()
         assert float(rows[0]["mean"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_training_has_the_landscape_and_evaluation_has_not(run_script, monkeypatch):
+    asked, make_env = [], simpo_neg.make_env
+    monkeypatch.setattr(
+        simpo_neg, "make_env", lambda args, training=False: asked.append(training) or make_env(args, training)
+    )
+    run_script("benchmark/classic", *SMALL, "--algo", "random", "--total-timesteps", "10")
+    assert asked == [True] * 5 + [False] * 3  # environments of training, episodes of the evaluation
 
 
 def test_sac_learns_the_point_mass(run_script):

@@ -155,6 +155,14 @@ def test_temperature_reaches_the_target_kl(method, scale):
     torch.testing.assert_close((p * (64 * p).log()).sum(-1), torch.full((2,), 1.2).double(), atol=1e-3, rtol=0)
 
 
+def test_temperature_at_the_edge_of_the_target_kl():
+    """Linear puts all weight on the best of four up to lambda = 1/4 of its lead; two that tie cannot pass log 2."""
+    q, args = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), dna.Args(target_kl=math.log(4) - 1e-4)
+    lead, tie = dna.solve_temperature("linear", q, args).flatten().tolist()
+    assert lead == pytest.approx(0.25, rel=1e-4)  # with weights clipped at 1e-4 the target would be out of reach
+    assert tie == pytest.approx(1e-3 / 3**0.5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_given_temperature_is_in_deviations_of_the_rewards(method):
     q = 40 * torch.randn(2, 64, generator=torch.Generator().manual_seed(1)) + 5

@@ -97,6 +97,14 @@ def test_elbo_equals_enumeration_over_masks_and_times():
     assert exact_elbo(denoiser).std() > 0.3  # not all alike
 
 
+def test_copies_have_one_number_of_masks_from_each_stratum():
+    x = torch.randint(4, (200, 8), generator=torch.Generator().manual_seed(1))
+    noisy, masked, factor = dna.corrupt(x, 4, torch.Generator().manual_seed(2))
+    m = masked.sum(-1)  # of 1 to 8: copy j has 2j + 1 or 2j + 2
+    assert torch.equal((m - 1) // 2, torch.arange(4).expand(200, 4)) and len(m.unique()) == 8
+    assert torch.equal(factor[..., 0], 8 / m) and torch.equal(noisy == dna.MASK, masked)
+
+
 def test_elbo_of_the_exact_posterior_is_the_log_likelihood():
     p = random_law(2)
     torch.testing.assert_close(exact_elbo(Table(p)), p.double().log(), atol=1e-4, rtol=0)

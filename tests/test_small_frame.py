@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import matplotlib.axes
+import numpy as np
 import pytest
 from conftest import ROOT
 from torch.utils.tensorboard import SummaryWriter
@@ -76,6 +77,14 @@ def test_the_picture_has_the_means_over_steps_and_minutes(tmp_path, monkeypatch)
     means = [[list(x), list(y)] for x, y in drawn]
     assert means[:2] == [[[100, 300], [2, 8]], [[100, 300], [5, 6]]]
     assert means[2:] == [[[1, 3], [2, 8]], [[2, 6], [5, 6]]]
+
+
+def test_the_picture_s_intervals_are_of_95(tmp_path, monkeypatch):
+    """Of 1, 2, 3: 2 +- 4.303 / sqrt(3)."""
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "fill_between", lambda *x, **more: drawn.append(x[2:4]))
+    draw({"A": {"simpo_neg": {seed: {100: float(seed)} for seed in (1, 2, 3)}}}, lambda *_: 1.0, tmp_path / "a.png")
+    assert drawn and np.ravel(drawn[0]) == pytest.approx([2 - 2.484, 2 + 2.484], abs=1e-3)
 
 
 def test_differences_are_of_equal_seeds(capsys):

@@ -106,8 +106,8 @@ def read(path):
 def test_command_compares_at_steps_that_all_runs_reached_on_a_common_scale(tmp_path):
     for env_id, scale in ("A-v0", 1), ("dm_control/B", 100):
         for seed in (1, 2):
-            make_run(tmp_path, "classic", seed, [scale * 2, scale * 2, scale * 2], env_id=env_id, algo="random")
-            make_run(tmp_path, "classic", seed, [scale * 4, scale * 6], env_id=env_id, algo="sac")
+            make_run(tmp_path, "classic", seed, [scale, scale * (2 * seed - 1), scale], env_id=env_id, algo="random")
+            make_run(tmp_path, "classic", seed, [scale * 4, scale * (3 + 2 * seed)], env_id=env_id, algo="sac")
             # Seed 2 has gone further than all others: what it did there is not compared.
             more = [scale * 1000] * (seed == 2)
             first = scale * (2 if env_id == "A-v0" else 4)
@@ -153,6 +153,25 @@ def test_curves_are_means_and_profiles_of_the_last_returns(tmp_path, monkeypatch
     runpy.run_path(str(ROOT / "benchmark" / "stats.py"), run_name="__main__")
     assert drawn["falls (2)"][1].tolist() == [8, 4, 1.5] and drawn["stays (2)"][1].tolist() == [9, 9, 9]
     assert np.interp([0.9, 1.5, 2.1], *drawn["falls"]).tolist() == [1, 0.5, 0]  # not of areas
+
+
+def test_seeds_may_differ_where_a_method_is_not_on_all_tasks(tmp_path):
+    for env_id in ("A-v0", "B-v0", "C-v0"):
+        for method, end in ("random", 0), ("sac", 7):
+            make_run(tmp_path, method, 1, [0, end], env_id=env_id)
+    for env_id, seed in ("A-v0", 1), ("B-v0", 1), ("B-v0", 2):
+        make_run(tmp_path, "simpo_exp", seed, [0, 7], env_id=env_id)
+    result = command(tmp_path, "--zero", "random", "--one", "sac")
+    assert result.returncode == 0, result.stderr
+
+
+def test_intervals_are_drawn_around_the_curves(tmp_path, monkeypatch):
+    drawn, returns = [], np.array([[1.0, 5.0], [2.0, 7.0], [3.0, 6.0], [9.0, 8.0], [4.0, 0.0]])
+    monkeypatch.setattr(matplotlib.axes.Axes, "fill_between", lambda *x, **more: drawn.append(x[1:4]))
+    stats.draw_curves({"A": {"sac": (np.array([10, 20]), returns)}}, tmp_path / "a.png")
+    ((steps, low, high),) = drawn
+    middle = np.array([3, 6])  # of the middle three
+    assert steps.tolist() == [10, 20] and (low < middle).all() and (middle < high).all()
 
 
 def test_command_has_no_scale_for_all_tasks_by_itself(tmp_path):
