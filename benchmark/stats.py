@@ -7,7 +7,7 @@ Prints and writes table.csv (per method and task: interquartile mean of the last
 and improvement.csv (chance that one method's run beats another's); draws curves.png and, if all tasks share one scale,
 profiles.png. Intervals are of 95%, by the percentile bootstrap over seeds, tasks resampled separately. With few seeds
 they are too narrow: of normal returns, those of the IQM of one task hold the truth in 90% of all cases with five seeds,
-in 93% with ten; those of a chance in 90%, but of one near 1, 0.9, in 66%, ten seeds 86%. Below four seeds (75% with
+in 93% with ten; those of a chance in 90%, but of one near 1, 0.9, in 68%, ten seeds 86%. Below four seeds (75% with
 three) none is given. A run that has not finished cuts all of its task.
 Not named statistics.py, which would hide Python's own module from torch.compile.
 """

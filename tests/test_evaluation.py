@@ -74,8 +74,24 @@ def test_evaluation_is_in_the_native_reward(monkeypatch):
     assert kinds == [False, False]
 
 
-def test_only_the_first_episode_of_each_environment_counts():
-    """TwoStates pays 1 in its second and last step, however long the others run."""
+class NaNLater(gym.Wrapper):
+    """Pays NaN after the first episode."""
+
+    resets = 0
+
+    def reset(self, **kwargs):
+        self.resets += 1
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, *ends = super().step(action)
+        return obs, reward if self.resets < 2 else np.nan, *ends
+
+
+def test_only_the_first_episode_of_each_environment_counts(monkeypatch):
+    """TwoStates pays 1 in its second and last step, however long the others run, whatever comes then."""
+    make_env = simpo_neg.make_env
+    monkeypatch.setattr(simpo_neg, "make_env", lambda *args, **kwargs: NaNLater(make_env(*args, **kwargs)))
 
     class Policy:
         def sample(self, obs, num_actions, generator):
