@@ -188,7 +188,7 @@ class DiffusionPolicy(nn.Module):
 
     @torch.compile(dynamic=False)
     def loss(self, obs, action, weights, i, noise, error_clip):
-        """SiMPO's (7) (2/pi)^2 / A, errors clipped: obs (B, S), action, noise (B, K, A), weights, row i of t (B, K)."""
+        """(7) times (2/pi)^2 / A, errors clipped: obs (B, S), action, noise (B, K, A), weights, row i of t (B, K)."""
         obs_embedding, time_embedding = self.embed(obs)
         embedding = obs_embedding + F.one_hot(i, self.steps).float() @ time_embedding  # [i] adds gradients in any order
         alpha, sigma = self.step_coefficients[i, :2].split(1, dim=-1)  # (B, K, 1)
