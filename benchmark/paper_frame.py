@@ -57,7 +57,7 @@ if __name__ == "__main__":
         whole.plot(step, mean, color=color, linewidth=2.5, label=label)
         if "jax" not in path.stem:
             seed, white = path.stem.rpartition("_")[2], dict(facecolor="white", edgecolor="none", pad=0.5)
-            whole.text(step[-1] + 1e4, mean[-1], f"seed {seed}", color=color, fontsize="small", bbox=white)
+            whole.text(step[-1], mean[-1] - 700, f"seed {seed}", color=color, fontsize="small", bbox=white)
     for (method, _, _), curve in sorted(small_frame.read(HERE / "small_networks.csv").items()):
         color, label = small_frame.COLORS[method], f"{small_frame.NAMES[method]}, 64 units, batches of 64"
         whole.plot(*zip(*sorted(curve.items()), strict=True), color=color, linewidth=1, label=label)
