@@ -274,7 +274,7 @@ def weigh(method, q, temperature, epsilon):
 def solve_temperature(method, q, args):
     """lambda (..., 1) for which the KL of the weights from uniform is delta, where (30) comes to rest; or the flag's.
 
-    Appendix G's entropy is of the clipped weights; wd1's, of its first softmax. Out of reach (ties): 1e-3 deviations.
+    Of the clipped weights (appendix G), for wd1 of its first softmax. Where ties keep the KL below delta, 1e-3 std(q).
     """
     spread = q.double().std(-1, keepdim=True).clamp(min=1e-9)
     if args.temperature:

@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student_t
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -70,8 +70,9 @@ def read(folder):
 
 def interval(values):
     """Mean and the ends of its 95% t-interval; nan where one value says nothing."""
-    low, high = ttest_1samp(values, 0).confidence_interval(0.95) if len(values) > 1 else (np.nan, np.nan)
-    return np.mean(values), low, high
+    mean, n = np.mean(values), len(values)
+    half = student_t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else np.nan
+    return mean, mean - half, mean + half
 
 
 def write(path, rows):

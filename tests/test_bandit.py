@@ -167,6 +167,10 @@ def test_figures_2_and_3_show_their_stages_and_differences(tmp_path, monkeypatch
     rows = csv.DictReader(open(tmp_path / "figure2_histograms.csv"))
     at = [(row["stage"], float(row["x"])) for row in rows if float(row["share"]) == 1]
     assert at == 4 * [("start", -1.95), ("middle", 0.05), ("end", 2.05)]
+    draws = np.full((4, 2, 5, 7), np.float32(0.3))  # draws at the bound are in the last bin
+    bandit.figure_2(replace(args, action_bound=0.3))
+    rows = csv.DictReader(open(tmp_path / "figure2_histograms.csv"))
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(4 * 3)
     seen.clear()
     bandit.figure_3(args)
     for m, (one, other) in enumerate(zip(seen[::2], seen[1::2], strict=True)):

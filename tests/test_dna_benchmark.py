@@ -309,12 +309,14 @@ def test_the_joint_table_is_of_all_runs(tmp_path, monkeypatch):
     run("other", {}, [row("cg", 1, 4.0)])
     Path("other/models.json").write_text('{"pretrained": "another"}')
     run("shorter", dict(sampling_steps=32), [row("cg", 1, 4.0)])
+    run("target", dict(target="expression"), [row("cg", 1, 4.0)])
     run("killed", of_kl | dict(seeds=2), [row("cg", 1, 4.0)])
     for folders, why in [
         ("kl cg no", "no is no finished run"),
         ("kl cg twice", "twice: another run has cg, seed 1, too"),
         ("kl other", "other has other models than kl, or was judged otherwise"),
         ("kl shorter", "shorter has other models than kl, or was judged otherwise"),
+        ("kl target", "target has other models than kl, or was judged otherwise"),
         ("kl killed", "killed is no finished run: seeds are missing"),
         ("", "give the directories of runs"),
     ]:

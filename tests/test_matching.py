@@ -123,6 +123,8 @@ def test_critic_is_two_plain_networks():
         for layer in twin[:-1]:
             h = torch.nn.functional.mish(layer(h))
         torch.testing.assert_close(values, twin[-1](h)[..., 0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(IndexError):  # else (B, A) would be each action at each state
+        critic(obs, action[:, 0])
 
 
 def test_mish_and_its_gradient():
